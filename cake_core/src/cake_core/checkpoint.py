@@ -1,0 +1,143 @@
+"""A model on disk, opened without loading it: configuration, tensor headers, files.
+
+A checkpoint is a folder of safetensors (single file or index), a GGUF file (several parts too), or a diffusers folder
+(a `model_index.json` with a safetensors folder a component, whose tensors are named `component/tensor`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cake_core.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint: `nbytes` at `offset` of `file`. `dtype` is the file format's own name for it
+    (`BF16`, `Q4_K`); `shape` is outermost dimension first for every format."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """A model on this machine. Opening reads headers only."""
+
+    format: str
+    """`safetensors`, `gguf` or `diffusers`."""
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path = path
+        self.name = name or path.stem
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, Any]:
+        """config.json, the GGUF metadata, or model_index.json."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, from headers."""
+
+    def json(self, name: str) -> Mapping[str, Any] | None:
+        """A JSON file beside the weights, None where there is none. Raises CheckpointError when it is not an object."""
+        path = self.path / name if self.path.is_dir() else self.path.parent / name
+        return read_json(path) if path.is_file() else None
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """A hash over name, dtype, shape and a sample of the bytes of each tensor: equal on two machines when they hold
+        the same tensors, different for two fine-tunes of one base. Independent of how tensors are spread over files."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            tensor = self.tensors[name]
+            digest.update(f"{name}|{tensor.dtype}|{tensor.shape}|{tensor.nbytes}".encode())
+            digest.update(sample_bytes(tensor))
+        return digest.hexdigest()
+
+
+SAMPLES = 8
+SAMPLE_BYTES = 512
+
+
+def sample_bytes(tensor: TensorInfo) -> bytes:
+    """SAMPLES pieces of SAMPLE_BYTES spread evenly over a tensor, or all of a small one."""
+    if tensor.nbytes <= SAMPLES * SAMPLE_BYTES:
+        pieces = [(0, tensor.nbytes)]
+    else:
+        stride = (tensor.nbytes - SAMPLE_BYTES) // (SAMPLES - 1)
+        pieces = [(i * stride, SAMPLE_BYTES) for i in range(SAMPLES)]
+    try:
+        with tensor.file.open("rb") as file:
+            found = []
+            for start, length in pieces:
+                file.seek(tensor.offset + start)
+                found.append(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {tensor.file}: {error.strerror}; check that the file is still there") from error
+    return b"".join(found)
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Raises CheckpointError, naming the file, when it cannot be read or is not a JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; download it again")
+    return value
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A Hugging Face folder (config.json beside `*.safetensors`) or a single `.safetensors` file with its config beside it."""
+
+    format = "safetensors"
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        config = self.json("config.json")
+        if config is None:
+            raise CheckpointError(f"{self.path} has no config.json; copy it from the model's repository")
+        return config
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        from cake_core.formats.safetensors import read_headers
+
+        return read_headers(self._files())
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        index = self.json("model.safetensors.index.json")
+        if index is None:
+            files = sorted(self.path.glob("*.safetensors"))
+            if not files:
+                raise CheckpointError(f"{self.path} has no *.safetensors file; `cake pull` downloads a model")
+            return files
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no weight_map; download it again")
+        names = sorted(set(weight_map.values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(
+                f"{self.path / 'model.safetensors.index.json'} names files outside its folder; do not trust it"
+            )
+        missing = [name for name in names if not (self.path / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {', '.join(missing[:3])} of its index; `cake pull` resumes a download")
+        return [self.path / name for name in names]

@@ -1,0 +1,1 @@
+"""A tiny embedded Stable Diffusion that paints emoji, the default image model of Cake."""

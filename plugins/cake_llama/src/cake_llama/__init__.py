@@ -1,0 +1,1 @@
+"""Cake model plugin: Llama and its kin as a sharded text backend."""

@@ -1,0 +1,1 @@
+"""Cake model plugin: Stable Diffusion and its kin over diffusers."""

@@ -1,0 +1,1 @@
+"""Cake transport plugin: messages over QUIC (experimental)."""

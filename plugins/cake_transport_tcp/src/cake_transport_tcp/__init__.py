@@ -1,0 +1,1 @@
+"""Cake transport plugin: messages over TCP, with TLS 1.3."""
