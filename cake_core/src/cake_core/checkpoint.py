@@ -39,7 +39,7 @@ class Checkpoint(ABC):
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path = path
-        self.name = name or path.stem
+        self.name = name or (path.name if path.is_dir() else path.stem)
 
     @property
     @abstractmethod
