@@ -66,6 +66,6 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"the parts of {self.path} hold {len(tensors)} tensors, not {expected}; download them again")
         return tensors
 
-    def json(self, name: str) -> Mapping[str, Any] | None:  # noqa: ARG002
+    def json(self, name: str) -> Mapping[str, Any] | None:
         """None: a GGUF file brings everything with it, and what lies beside it may belong to another model."""
         return None
