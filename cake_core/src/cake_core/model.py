@@ -272,7 +272,8 @@ class SessionSpec:
     """What never changes in a session: told to every stage at `open`.
 
     `prompt_length` separates prompt from generated tokens (frequency and presence penalties count only the latter).
-    `grammar` is compiled where `lm_head` lives. `length_hint` is the most positions the session will have.
+    `grammar` is compiled where `lm_head` lives. `length_hint` is the most positions the session will have. `wire_dtype` is
+    the dtype in which `hidden` leaves the stage, named by the master; empty for the stage's own.
     """
 
     sampling: SamplingParams
@@ -280,6 +281,7 @@ class SessionSpec:
     choice: int = 0
     grammar: str | None = None
     length_hint: int = 0
+    wire_dtype: str = ""
 
 
 class Pending:

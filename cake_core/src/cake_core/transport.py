@@ -106,8 +106,8 @@ class Channel(ABC):
 
         Raises:
             ChannelClosed: the peer closed, also in the middle of a message, or we did from another thread.
-            DeadlineExceeded: nothing began within `timeout` seconds; the channel stays usable. In the middle of a
-                message: it is aborted.
+            DeadlineExceeded: no byte came for `timeout` seconds. Between messages the channel stays usable; in the middle
+                of one it is aborted. A slow message that keeps coming is never cut off.
             ProtocolError: a length over the limits, or a refusal by `allocate`; the channel is aborted.
         """
 

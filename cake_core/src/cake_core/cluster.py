@@ -1,0 +1,268 @@
+"""The workers as the master sees them: each kept connected, compared with what the topology says, and watched."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cake_core.errors import (
+    AuthenticationError,
+    CakeError,
+    NodeError,
+    NodeLost,
+    NodeMismatch,
+    NodeUnreachable,
+    ProtocolError,
+    TransportError,
+)
+from cake_core.link import Link, LinkCount, LinkTiming
+from cake_core.model import Memory
+from cake_core.protocol import Message, Type
+from cake_core.transport import Channel
+
+log = logging.getLogger(__name__)
+
+State = Literal["connecting", "up", "draining", "down"]
+
+ATTACH_TIMEOUT = 30.0
+FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.1, 5.0, 30.0
+"""Seconds between attempts: doubling from the first to the last, with full jitter; after a refusal that time cannot mend
+(wrong key, wrong model), the long one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a node must serve: its stages by the placement, the model's identity, and a fingerprint for each layer whose
+    tensors the master has too."""
+
+    model_type: str
+    stages: tuple[tuple[str, ...], ...]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(layer for stage in self.stages for layer in stage)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A node at one moment. `since` is the time (time.time()) of the last change of state."""
+
+    name: str
+    address: str
+    state: State
+    layers: tuple[str, ...]
+    since: float
+    error: str = ""
+    memory: tuple[Memory, ...] = ()
+    platform: Mapping[str, Any] = field(default_factory=dict)
+    count: LinkCount | None = None
+
+
+Dial = Callable[[float], Channel]
+"""`dial(timeout)` gives an authenticated channel."""
+
+
+class RemoteNode:
+    """One worker. A thread keeps it connected until `close`; `on_change(node)` is told of every change of state."""
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        dial: Dial,
+        expectation: Expectation,
+        on_change: Callable[[RemoteNode], None],
+        timing: LinkTiming | None = None,
+    ) -> None:
+        self.name = name
+        self.address = address
+        self.expectation = expectation
+        self._dial = dial
+        self._on_change = on_change
+        self._timing = timing or LinkTiming()
+        self._changed = threading.Condition()
+        self._state: State = "connecting"
+        self._since = time.time()
+        self._link: Link | None = None
+        self._error: CakeError | None = None
+        self._report: Mapping[str, Any] = {}
+        self._closed = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"cake-node-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the link and the thread. Idempotent."""
+        self._closed.set()
+        self._lost.set()
+        link = self._link
+        if link is not None:
+            link.close()
+            link.join()
+        if self._thread.ident is not None:
+            self._thread.join(10.0)
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def error(self) -> CakeError | None:
+        """Why the node is not up."""
+        return self._error
+
+    def link(self) -> Link:
+        """The link. Raises NodeError, naming the node, when it is down."""
+        link = self._link
+        if link is None:
+            raise self._named(self._error or NodeLost(f"{self.name} is not connected"))
+        return link
+
+    def wait_up(self, timeout: float) -> Link:
+        """Waits for the link. Raises what keeps it down: at once where waiting cannot mend it, else after `timeout` s."""
+        until = time.monotonic() + timeout
+        with self._changed:
+            while self._link is None:
+                if isinstance(self._error, NodeMismatch | AuthenticationError | ProtocolError):
+                    break
+                left = until - time.monotonic()
+                if left <= 0 or self._closed.is_set():
+                    break
+                self._changed.wait(left)
+        return self.link()
+
+    def memory_of(self, layers: tuple[str, ...]) -> Memory:
+        memory = self._report.get("memory", [])
+        index = self.expectation.stages.index(layers)
+        return _memory(memory[index]) if index < len(memory) else Memory("", "", 0)
+
+    def status(self) -> NodeStatus:
+        link = self._link
+        return NodeStatus(
+            self.name,
+            self.address,
+            self._state,
+            self.expectation.layers,
+            self._since,
+            str(self._error or ""),
+            tuple(_memory(entry) for entry in self._report.get("memory", [])),
+            self._report.get("platform", {}),
+            link.count if link else None,
+        )
+
+    # The thread
+
+    def _keep(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._closed.is_set():
+            self._lost.clear()
+            try:
+                link = self._connect()
+            except CakeError as error:
+                self._set("down" if self._state != "connecting" else "connecting", None, error)
+                refused = isinstance(error, NodeMismatch | AuthenticationError)
+                wait = REFUSED_BACKOFF if refused else backoff * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                backoff = min(2 * backoff, LAST_BACKOFF)
+                self._closed.wait(wait)
+                continue
+            backoff = FIRST_BACKOFF
+            self._set("up", link, None)
+            if not link.up:  # it fell before anybody could know it was ours
+                self._fell(link, link.reason())
+            self._lost.wait()
+            if not self._closed.is_set():
+                log.warning("%s at %s is lost: %s", self.name, self.address, self._error)
+
+    def _connect(self) -> Link:
+        channel = self._dial(min(5.0, self._timing.dead))
+        link = Link(channel, f"{self.name} at {self.address}", self._handle, self._fell, self._timing)
+        link.start()
+        fields = {"model_type": self.expectation.model_type, "stages": [list(s) for s in self.expectation.stages]}
+        try:
+            message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
+            self._compare(message.fields)
+        except TimeoutError:
+            link.close()
+            raise NodeUnreachable(f"{self.name} at {self.address} does not answer; restart it", self.name) from None
+        except CakeError:
+            link.close()
+            raise
+        self._report = message.fields
+        return link
+
+    def _compare(self, report: Mapping[str, Any]) -> None:
+        expected = self.expectation
+        for key, value in expected.identity.items():
+            if _plain(report["identity"].get(key)) != _plain(value):
+                raise NodeMismatch(
+                    f"{self.name} at {self.address} serves another model: its {key} is {report['identity'].get(key)!r}, "
+                    f"the master's is {value!r}; start both with the same --model",
+                    self.name,
+                    self.address,
+                )
+        for layer, fingerprint in expected.fingerprints.items():
+            if report["fingerprints"].get(layer) != fingerprint:
+                raise NodeMismatch(
+                    f"{self.name} at {self.address} holds other weights for {layer} than the master; "
+                    "copy the same checkpoint (or its bundle) there",
+                    self.name,
+                    self.address,
+                )
+
+    def _handle(self, link: Link, message: Message, _body: memoryview) -> None:
+        if message.type is not Type.DRAINING:
+            raise ProtocolError(f"a worker does not send {message.type.name}")
+        if link is self._link:
+            self._set("draining", link, NodeLost(f"{self.name} is shutting down", self.name, self.address))
+
+    def _fell(self, link: Link, error: CakeError) -> None:
+        with self._changed:
+            current = link is self._link
+        if current:
+            self._set("down", None, self._named(error))
+            self._lost.set()
+
+    def _named(self, error: CakeError) -> CakeError:
+        """The error with this node's name and address in it, as a NodeError."""
+        if isinstance(error, NodeError):
+            error.node, error.address = self.name, self.address
+            return error if self.name in str(error) else type(error)(f"{self.name}: {error}", self.name, self.address)
+        if isinstance(error, AuthenticationError | ProtocolError):
+            return error
+        if isinstance(error, TransportError):
+            return NodeLost(f"{self.name} at {self.address} is gone: {error}", self.name, self.address)
+        return error
+
+    def _set(self, state: State, link: Link | None, error: CakeError | None) -> None:
+        with self._changed:
+            if state != self._state:
+                self._since = time.time()
+            self._state, self._link, self._error = state, link, error
+            self._changed.notify_all()
+        self._on_change(self)
+
+
+def _plain(value: Any) -> str:
+    """A value as it compares after crossing the wire, where tuples are lists."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _memory(values: Any) -> Memory:
+    """Memory from a report, whatever a newer worker adds to it."""
+    known = {name: values[name] for name in Memory.__dataclass_fields__ if isinstance(values, dict) and name in values}
+    return Memory(**{"device": "", "dtype": "", "weights": 0, **known})
+
+
+def describe_missing(nodes: Sequence[RemoteNode]) -> str:
+    """Who is not up, with address and reason, for 503s and timeouts."""
+    return "; ".join(f"{n.name} at {n.address}: {n.error or 'connecting'}" for n in nodes if n.state not in ("up", "draining"))

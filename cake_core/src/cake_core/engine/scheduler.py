@@ -1,0 +1,177 @@
+"""Which rows go into the next batch: continuous batching, chunked prefill, decode first. Pure: no clock, no thread.
+
+Rows of sequences that decode go first; what is left of the batch's positions goes to prompts, oldest first, at most one
+chunk, so no stream waits longer than a chunk. With several stages the decoding sequences are spread over as many batches
+as may be in flight, so that every stage has work.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cake_core.engine.ledger import Ledger
+from cake_core.engine.sequence import Sequence
+from cake_core.model import Row, Want
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`rows` decoding sequences at once, `chunk` prompt positions a batch, `depth` batches in flight, `queue` requests
+    waiting."""
+
+    rows: int = 64
+    chunk: int = 512
+    depth: int = 1
+    queue: int = 1024
+
+
+@dataclass(slots=True)
+class Step:
+    """A batch to be: `rows[i]` belongs to `sequences[i]`. `opens` are to be opened, `closes` closed, before it."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, length: int, want: Want) -> None:
+        assert sequence.session is not None  # noqa: S101 - admitted sequences have one
+        self.sequences.append(sequence)
+        self.rows.append(Row(sequence.session, sequence.forwarded, length, want))
+        sequence.forwarded += length
+        sequence.in_flight += 1
+
+
+class Scheduler:
+    """Holds the waiting and the running sequences and the ledger; the engine does what it decides.
+
+    `to_open` and `to_close` collect sessions to be opened and closed before the step that `next` returned.
+    """
+
+    def __init__(self, limits: Limits, ledger: Ledger) -> None:
+        self.limits = limits
+        self.ledger = ledger
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.to_open: list[Sequence] = []
+        self.to_close: list[int] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def next(self) -> Step | None:
+        """The next batch, or None when there is nothing that can go now."""
+        self._admit()
+        step = Step()
+        self._decode(step)
+        self._prefill(step)
+        return step if step.rows else None
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence here: frees its blocks and has its session closed."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._drop_session(sequence)
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Takes a running sequence back to the head of the queue, to be computed again from its tokens."""
+        self.running.remove(sequence)
+        self._drop_session(sequence)
+        sequence.restart()
+        self.waiting.appendleft(sequence)
+
+    def _drop_session(self, sequence: Sequence) -> None:
+        if sequence.session is None:
+            return
+        self.ledger.release(sequence.session)
+        if sequence in self.to_open:
+            self.to_open.remove(sequence)
+        else:
+            self.to_close.append(sequence.session)
+        sequence.session = None
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.limits.rows:
+            head = self.waiting[0]
+            # Room for the prompt and the first block of the answer, or it would be preempted at once.
+            if self.ledger.blocks(len(head.tokens)) + 1 > self.ledger.free and self.running:
+                return
+            self.waiting.popleft()
+            head.start()
+            self.running.append(head)
+            self.to_open.append(head)
+
+    def _decode(self, step: Step) -> None:
+        ready = [s for s in self.running if s.decoding and not s.in_flight and not s.unwanted]
+        share = -(-sum(s.decoding or s.in_flight > 0 for s in self.running) // max(1, self.limits.depth))
+        ready.sort(key=lambda s: s.forwarded - s.prompt_length)
+        for sequence in ready[:share]:
+            if sequence.session is not None and self._make_room(sequence, sequence.forwarded + 1):
+                step.add(sequence, 1, _decode_want(sequence))
+
+    def _prefill(self, step: Step) -> None:
+        budget = max(1, self.limits.chunk - len(step.rows))
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            if budget <= 0:
+                return
+            if sequence.unwanted or sequence.session is None or sequence.decoding or sequence.remaining <= 0:
+                continue
+            length = min(budget, sequence.remaining)
+            if not self._make_room(sequence, sequence.forwarded + length):
+                return
+            want = _prefill_want(sequence, length)
+            budget -= length
+            step.add(sequence, length, want)
+
+    def _make_room(self, sequence: Sequence, positions: int) -> bool:
+        """Takes blocks for `positions`, preempting the youngest idle sequences if it must. False: not now."""
+        session = sequence.session
+        while session is not None and not self.ledger.fits(session, positions):
+            victims = [s for s in self.running if not s.in_flight and s is not sequence and s.order > sequence.order]
+            if not victims:
+                return False
+            self.preemptions += 1
+            self.requeue(max(victims, key=lambda s: s.order))
+        if session is None:
+            return False
+        self.ledger.take(session, positions)
+        return True
+
+    def stuck(self) -> Sequence | None:
+        """The oldest sequence when nothing is in flight and it cannot go on: it does not fit even alone."""
+        if not self.running or any(s.in_flight for s in self.running):
+            return None
+        oldest = min(self.running, key=lambda s: s.order)
+        others = [s for s in self.running if s is not oldest]
+        for other in sorted(others, key=lambda s: -s.order):
+            self.requeue(other)
+        return oldest if not others else None
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def sequences(self) -> Iterable[Sequence]:
+        return [*self.running, *self.waiting]
+
+
+def _decode_want(sequence: Sequence) -> Want:
+    top = sequence.request.logprobs
+    return Want(sample=1, top=-1 if top is None else top)
+
+
+def _prefill_want(sequence: Sequence, length: int) -> Want:
+    """What a prompt chunk asks for: a draw after the last position, scores where they were not asked for before."""
+    request = sequence.request
+    if request.embed:
+        return Want(hidden=True)
+    top = -1 if request.logprobs is None else request.logprobs
+    last = length == sequence.remaining
+    score = request.score_prompt and sequence.scored == sequence.forwarded < sequence.prompt_length
+    if score:
+        sequence.scored += length
+    sample = 1 if last and sequence.generates else 0
+    return Want(sample, top if sample else -1, score, max(0, top) if score else 0)

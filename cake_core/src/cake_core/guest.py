@@ -1,0 +1,214 @@
+"""One master on a worker: its link, its sessions, its constants. Every failure is answered, none ends the link."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from cake_core.codec import spec_from_fields
+from cake_core.errors import CakeError, NodeMismatch, StageError, TransportError
+from cake_core.link import Link
+from cake_core.model import Batch, Component, ModelInfo, Pending, Row, Tensor
+from cake_core.protocol import Message, Type, split_buffers, tensor_fields
+from cake_core.stages import LocalStage
+from cake_core.topology import compress
+
+log = logging.getLogger(__name__)
+
+MAX_SESSIONS = 4096
+"""Sessions one master may have open at once on one stage."""
+MAX_CONSTANT_BYTES = 1024 * 1024 * 1024
+"""Bytes of constants kept for one master."""
+
+
+class Host(Protocol):
+    """What a guest needs of its worker."""
+
+    name: str
+    info: ModelInfo
+    stages: list[LocalStage]
+    components: dict[str, Component]
+    component_lock: threading.Lock
+
+    @property
+    def spans(self) -> list[tuple[str, ...]]: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+
+_session_numbers = itertools.count(1)
+
+
+class Guest:
+    """Serves the requests of one master, in the thread that reads its link."""
+
+    link: Link
+
+    def __init__(self, worker: Host) -> None:
+        self._worker = worker
+        self._attached = False
+        self.sessions: dict[tuple[int, int], int] = {}
+        self._constants: dict[int, dict[bytes, Tensor]] = {}
+        self._constant_bytes = 0
+
+    def handle(self, link: Link, message: Message, body: memoryview) -> None:
+        """Serves one request; every failure is answered, none ends the link."""
+        try:
+            self._serve(link, message, body)
+        except TransportError:
+            raise
+        except CakeError as error:
+            self._refuse(link, message, error)
+        except Exception as error:
+            log.exception("%s of %s failed", message.type.name, link.name)
+            self._refuse(link, message, StageError(f"{self._worker.name}: {type(error).__name__}: {error}"))
+
+    def _refuse(self, link: Link, message: Message, error: CakeError) -> None:
+        if message.request:
+            link.answer_error(message, error)
+        else:
+            log.warning("%s: %s failed: %s", link.name, message.type.name, error)
+
+    def _serve(self, link: Link, message: Message, body: memoryview) -> None:
+        match message.type:
+            case Type.FORWARD:
+                self._forward(link, message, body)
+            case Type.ATTACH:
+                self._attach(message.fields)
+                link.answer(message, Type.ATTACHED, self._worker.report())
+            case Type.OPEN:
+                self._open(link, message)
+            case Type.TRUNCATE:
+                kept = self._stage(message).truncate(self._session(message), message.fields["length"])
+                link.answer(message, Type.LENGTH, {"length": kept})
+            case Type.CLOSE:
+                own = self.sessions.pop((message.stage, message.fields["session"]), None)
+                if own is not None:
+                    self._stage(message).close(own)
+            case Type.CALL:
+                self._call(link, message, body)
+            case Type.RELEASE:
+                self._release_image(message.fields["image"], message.fields["layer"])
+            case Type.STATUS:
+                link.answer(message, Type.REPORT, {"report": self._worker.report()})
+            case _:
+                raise StageError(f"a worker does not serve {message.type.name}")
+
+    def _attach(self, fields: Mapping[str, Any]) -> None:
+        worker = self._worker
+        asked, served = fields["stages"], [list(span) for span in worker.spans]
+        if fields["model_type"] != worker.info.model_type:
+            raise NodeMismatch(
+                f"{worker.name} serves a {worker.info.model_type} model ({worker.info.name}), the master asks for a "
+                f"{fields['model_type']} model; start the worker with the master's --model"
+            )
+        if asked != served:
+            raise NodeMismatch(
+                f"{worker.name} serves {_listed(served)}, the master's topology says {_listed(asked)}; "
+                "give both the same topology and restart the worker"
+            )
+        self._attached = True
+
+    def _stage(self, message: Message) -> LocalStage:
+        if not self._attached:
+            raise StageError("attach first")
+        if message.stage >= len(self._worker.stages):
+            raise StageError(f"{self._worker.name} has no stage {message.stage}")
+        return self._worker.stages[message.stage]
+
+    def _session(self, message: Message) -> int:
+        return self._own(message.stage, message.fields["session"])
+
+    def _own(self, stage: int, session: int) -> int:
+        own = self.sessions.get((stage, session))
+        if own is None:
+            raise StageError(f"session {session} is not open on {self._worker.name}")
+        return own
+
+    def _open(self, link: Link, message: Message) -> None:
+        stage, fields = self._stage(message), message.fields
+        key = (message.stage, fields["session"])
+        if key in self.sessions:
+            raise StageError(f"session {fields['session']} is open already")
+        if len(self.sessions) >= MAX_SESSIONS:
+            raise StageError(f"more than {MAX_SESSIONS} sessions at once")
+        spec = spec_from_fields(fields["spec"])
+        parent = None if fields["parent"] is None else self._own(message.stage, fields["parent"])
+        own = next(_session_numbers)
+        kept = stage.open(own, spec, parent, fields["length"])
+        self.sessions[key] = own
+        if message.request:
+            link.answer(message, Type.LENGTH, {"length": kept})
+
+    def _forward(self, link: Link, message: Message, body: memoryview) -> None:
+        stage = self._stage(message)
+        rows = tuple(Row(self._own(message.stage, row.session), row.position, row.length, row.want) for row in message.rows)
+        pending = stage.submit(Batch(rows, message.tensors(body)))
+        pending.when_done(lambda done: _reply(link, message, done))
+
+    def _call(self, link: Link, message: Message, body: memoryview) -> None:
+        fields = message.fields
+        component = self._worker.components.get(fields["layer"])
+        if not self._attached or component is None:
+            raise StageError(f"{self._worker.name} does not serve {fields['layer']!r}")
+        fresh, tensors = split_buffers(message, body, [entry[0] for entry in fields["constants"]])
+        constants = self._remember(fields["image"], fields["ids"], fresh)
+        began = time.perf_counter()
+        with self._worker.component_lock:
+            result = component.call(fields["method"], fields["image"], tensors, fields["scalars"], constants)
+        listed, buffers = tensor_fields(result)
+        answer = {"tensors": listed, "seconds": time.perf_counter() - began}
+        link.answer(message, Type.RESULT, answer, buffers)
+
+    def _remember(self, image: int, ids: Mapping[str, Any], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = self._constants.setdefault(image, {})
+        for name, tensor in fresh.items():
+            if not isinstance(ids.get(name), bytes):
+                raise StageError(f"constant {name!r} has no id")
+            if ids[name] not in kept:
+                self._constant_bytes += tensor.nbytes
+                kept[ids[name]] = tensor
+        if self._constant_bytes > MAX_CONSTANT_BYTES:
+            raise StageError(f"constants of more than {MAX_CONSTANT_BYTES} bytes at once")
+        missing = [name for name, key in ids.items() if key not in kept]
+        if missing:
+            raise StageError(f"constants {', '.join(missing)} were never sent")
+        return {name: kept[key] for name, key in ids.items()}
+
+    def _release_image(self, image: int, layer: str) -> None:
+        kept = self._constants.pop(image, {})
+        self._constant_bytes -= sum(tensor.nbytes for tensor in kept.values())
+        component = self._worker.components.get(layer)
+        if component is not None:
+            with self._worker.component_lock:
+                component.close(image)
+
+    def release(self) -> None:
+        """Frees everything the master left behind."""
+        for (stage, _), own in self.sessions.items():
+            self._worker.stages[stage].close(own)
+        self.sessions.clear()
+        for image in list(self._constants):
+            for layer in self._worker.components:
+                self._release_image(image, layer)
+
+
+def _reply(link: Link, request: Message, done: Pending) -> None:
+    try:
+        tensors = done.result().tensors
+    except CakeError as error:
+        link.answer_error(request, error)
+        return
+    except Exception as error:
+        log.exception("a batch of %s failed", link.name)
+        link.answer_error(request, error)
+        return
+    link.answer_batch(request, Batch((), tensors))
+
+
+def _listed(stages: Sequence[Sequence[str]]) -> str:
+    return " | ".join(", ".join(compress(tuple(str(layer) for layer in layers))) for layers in stages) or "nothing"

@@ -1,0 +1,274 @@
+"""The messages between master and worker, as bytes. Pure: no socket, no clock, no thread.
+
+A message is a header and a body (`transport.Channel` moves both). The header is a fixed 16-byte prefix and then, for
+control messages, a small CBOR map without tags, or, for batches, fixed binary rows: a decode step costs no CBOR. The body
+is the raw bytes of the tensors the header lists, one after another. Everything is little-endian.
+
+    prefix   type u8 | stage u8 | rows u16 | request u32 | step u64
+    row      session u64 | position u32 | length u32 | sample u16 | top i16 | score_top u16 | flags u16 (1 score, 2 hidden)
+    tensor   name u8 | dtype u8 | dimensions u16 | each dimension u32
+
+Nothing is allocated before the declared sizes have been checked against one another and against the limits.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import cbor2
+
+from cake_core.cbor import load_map
+from cake_core.errors import ProtocolError
+from cake_core.model import DTYPE_SIZES, Batch, Buffer, Row, Tensor, Want
+from cake_core.transport import MAX_HEADER
+
+PROTOCOL_VERSION = 1
+"""Changes whenever two versions could misread each other; compared in the hello, after the proof."""
+
+MAX_ROWS = 4096
+MAX_TENSORS = 64
+MAX_DIMENSIONS = 8
+MAX_NAME = 64
+
+
+class Type(IntEnum):
+    """Every message there is. A request is answered by its counterpart or by ERROR with the same request number."""
+
+    ATTACH = 1  # master: what I expect you to serve
+    ATTACHED = 2  # worker: what I serve
+    OPEN = 3
+    TRUNCATE = 4
+    LENGTH = 5  # worker: positions really kept (answers OPEN and TRUNCATE)
+    CLOSE = 6  # no answer
+    FORWARD = 7
+    OUTPUT = 8
+    CALL = 9
+    RESULT = 10
+    RELEASE = 11  # master: an image request ended; no answer
+    ALIVE = 12  # either side, when it has sent nothing for a while; no answer
+    ERROR = 13
+    DRAINING = 14  # worker: I am leaving, send nothing new
+    STATUS = 15
+    REPORT = 16  # worker: answers STATUS
+
+
+_BATCHES = (Type.FORWARD, Type.OUTPUT)
+_PREFIX = struct.Struct("<BBHIQ")
+_ROW = struct.Struct("<QIIHhHH")
+_TENSOR = struct.Struct("<BBH")
+_NAMES = (
+    "tokens", "hidden", "targets", "logprobs", "top_ids", "top_logprobs",
+    "score_logprobs", "score_top_ids", "score_top_logprobs", "final",
+)  # fmt: skip
+_NAME_CODES = {name: code for code, name in enumerate(_NAMES)}
+_DTYPES = tuple(DTYPE_SIZES)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+_OPTIONAL_INT = (int, type(None))
+_SCHEMAS: Mapping[Type, Mapping[str, Any]] = {
+    Type.ATTACH: {"model_type": str, "stages": list},
+    Type.ATTACHED: {"name": str, "identity": dict, "fingerprints": dict, "memory": list, "platform": dict},
+    Type.OPEN: {"session": int, "spec": dict, "parent": _OPTIONAL_INT, "length": int},
+    Type.TRUNCATE: {"session": int, "length": int},
+    Type.LENGTH: {"length": int},
+    Type.CLOSE: {"session": int},
+    Type.CALL: {"layer": str, "method": str, "image": int, "scalars": dict, "tensors": list, "constants": list, "ids": dict},
+    Type.RESULT: {"tensors": list, "seconds": float},
+    Type.RELEASE: {"layer": str, "image": int},
+    Type.ALIVE: {},
+    Type.ERROR: {"kind": str, "message": str},
+    Type.DRAINING: {},
+    Type.STATUS: {},
+    Type.REPORT: {"report": dict},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """A tensor in the body, before its bytes are read."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A decoded header: `fields` of a control message, `rows` of a batch, and what the body holds.
+
+    `stage` is the index among the stages that the worker serves for this master.
+    """
+
+    type: Type
+    request: int
+    stage: int = 0
+    step: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+    heads: tuple[TensorHead, ...] = ()
+
+    @property
+    def body_length(self) -> int:
+        return sum(head.nbytes for head in self.heads)
+
+    def tensors(self, body: Buffer) -> dict[str, Tensor]:
+        """The tensors in `body`, without copying it."""
+        view, start, found = memoryview(body), 0, {}
+        for head in self.heads:
+            found[head.name] = Tensor(head.dtype, head.shape, view[start : start + head.nbytes])
+            start += head.nbytes
+        return found
+
+    def batch(self, body: Buffer) -> Batch:
+        return Batch(self.rows, self.tensors(body))
+
+
+def encode(kind: Type, request: int, body: Mapping[str, Any] | None = None, stage: int = 0) -> bytes:
+    """Header of a control message."""
+    header = _PREFIX.pack(kind, stage, 0, request, 0) + cbor2.dumps(dict(body or {}))
+    if len(header) > MAX_HEADER:
+        raise ProtocolError(f"a {kind.name} message has {len(header)} bytes of header, over the limit of {MAX_HEADER}")
+    return header
+
+
+def encode_batch(kind: Type, request: int, batch: Batch, stage: int = 0, step: int = 0) -> tuple[bytes, list[Buffer]]:
+    """Header and buffers of a FORWARD or OUTPUT."""
+    parts = [_PREFIX.pack(kind, stage, len(batch.rows), request, step)]
+    for row in batch.rows:
+        want = row.want
+        flags = want.score | want.hidden << 1
+        parts.append(_ROW.pack(row.session, row.position, row.length, want.sample, want.top, want.score_top, flags))
+    buffers: list[Buffer] = []
+    for name, tensor in batch.tensors.items():
+        parts.append(_TENSOR.pack(_NAME_CODES[name], _DTYPE_CODES[tensor.dtype], len(tensor.shape)))
+        parts.append(struct.pack(f"<{len(tensor.shape)}I", *tensor.shape))
+        if tensor.nbytes:
+            buffers.append(tensor.data)
+    header = b"".join(parts)
+    if len(header) > MAX_HEADER:
+        raise ProtocolError(f"a batch of {len(batch.rows)} rows does not fit a header; send fewer rows at once")
+    return header, buffers
+
+
+def tensor_fields(tensors: Mapping[str, Tensor]) -> tuple[list[list[Any]], list[Buffer]]:
+    """How CALL and RESULT list their tensors: [name, dtype, [dimensions]], and the buffers of the body."""
+    listed = [[name, tensor.dtype, list(tensor.shape)] for name, tensor in tensors.items()]
+    return listed, [tensor.data for tensor in tensors.values() if tensor.nbytes]
+
+
+def decode(header: bytes) -> Message:
+    """Raises ProtocolError for anything that is not exactly one of our messages."""
+    if not _PREFIX.size <= len(header) <= MAX_HEADER:
+        raise ProtocolError(f"a header of {len(header)} bytes")
+    code, stage, rows, request, step = _PREFIX.unpack_from(header)
+    try:
+        kind = Type(code)
+    except ValueError:
+        raise ProtocolError(f"unknown message type {code}") from None
+    if kind in _BATCHES:
+        decoded, heads = _decode_batch(kind, header, rows)
+        return Message(kind, request, stage, step, rows=decoded, heads=heads)
+    values = _decode_fields(kind, header[_PREFIX.size :])
+    listed = _listed_heads(values) if kind in (Type.CALL, Type.RESULT) else ()
+    return Message(kind, request, stage, step, values, heads=listed)
+
+
+def _decode_batch(kind: Type, header: bytes, count: int) -> tuple[tuple[Row, ...], tuple[TensorHead, ...]]:
+    if count > MAX_ROWS:
+        raise ProtocolError(f"a batch of {count} rows, over the limit of {MAX_ROWS}")
+    offset = _PREFIX.size
+    try:
+        rows: list[Row] = []
+        heads: list[TensorHead] = []
+        for _ in range(count):
+            session, position, length, sample, top, score_top, flags = _ROW.unpack_from(header, offset)
+            offset += _ROW.size
+            if sample > length or top < -1 or flags > 3:
+                raise ProtocolError("a row that wants more than it has")
+            want = Want(sample, top, bool(flags & 1), score_top, bool(flags & 2))
+            rows.append(Row(session, position, length, want))
+        while offset < len(header):
+            name, dtype, dimensions = _TENSOR.unpack_from(header, offset)
+            offset += _TENSOR.size
+            if dimensions > MAX_DIMENSIONS or len(heads) >= MAX_TENSORS:
+                raise ProtocolError("too many tensors or dimensions")
+            shape = struct.unpack_from(f"<{dimensions}I", header, offset)
+            offset += 4 * dimensions
+            heads.append(TensorHead(_NAMES[name], _DTYPES[dtype], shape))
+    except (struct.error, IndexError) as error:
+        raise ProtocolError(f"a damaged {kind.name} header") from error
+    if len({head.name for head in heads}) < len(heads):
+        raise ProtocolError("a tensor is listed twice")
+    return tuple(rows), tuple(heads)
+
+
+def _decode_fields(kind: Type, data: bytes) -> dict[str, Any]:
+    values = load_map(data)
+    for name, kinds in _SCHEMAS[kind].items():
+        value = values.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise ProtocolError(f"{kind.name}: {name} is missing or of the wrong type")
+        if isinstance(value, int) and not 0 <= value < 2**63:
+            raise ProtocolError(f"{kind.name}: {name} is out of range")
+    return values
+
+
+def _listed_heads(values: Mapping[str, Any]) -> tuple[TensorHead, ...]:
+    listed = [*values.get("constants", ()), *values["tensors"]]
+    if len(listed) > MAX_TENSORS:
+        raise ProtocolError(f"{len(listed)} tensors, over the limit of {MAX_TENSORS}")
+    heads = []
+    for entry in listed:
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], list)):
+            raise ProtocolError("a damaged list of tensors")
+        name, dtype, shape = entry
+        if not (isinstance(name, str) and len(name) <= MAX_NAME and isinstance(dtype, str) and dtype in DTYPE_SIZES):
+            raise ProtocolError("a tensor without name or with an unknown dtype")
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**32 for n in shape):
+            raise ProtocolError(f"tensor {name!r} has an impossible shape")
+        heads.append(TensorHead(name, dtype, tuple(shape)))
+    if len({head.name for head in heads}) < len(heads):
+        raise ProtocolError("a tensor is listed twice")
+    return tuple(heads)
+
+
+class BodyReader:
+    """The `allocate` of one channel's reader: decodes the header, checks it against the body's length and the limit, and
+    keeps the decoded message so that nothing is decoded twice."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._decoded: Message | None = None
+
+    def allocate(self, header: bytes, length: int) -> memoryview:
+        message = decode(header)
+        if length != message.body_length:
+            raise ProtocolError(f"{message.type.name}: shapes need {message.body_length} bytes, {length} were declared")
+        if length > self.limit:
+            raise ProtocolError(f"{message.type.name}: a body of {length} bytes, over the limit of {self.limit}")
+        self._decoded = message
+        return memoryview(bytearray(length))
+
+    def message(self, header: bytes) -> Message:
+        """The message of a header that `receive` returned."""
+        message, self._decoded = self._decoded, None
+        if message is None:
+            message = decode(header)
+            if message.body_length:
+                raise ProtocolError(f"{message.type.name}: its body is missing")
+        return message
+
+
+def split_buffers(message: Message, body: Buffer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of a body in two groups: those listed in `names`, and the others."""
+    tensors = message.tensors(body)
+    return {n: t for n, t in tensors.items() if n in names}, {n: t for n, t in tensors.items() if n not in names}

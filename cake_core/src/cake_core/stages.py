@@ -1,0 +1,228 @@
+"""Stages and components as the engines see them: local or remote, the same interface."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from cake_core.codec import spec_to_fields
+from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, StageError
+from cake_core.link import Link
+from cake_core.model import Batch, Buffer, Component, Memory, Pending, SessionSpec, Tensor, TextStage
+from cake_core.protocol import Type, tensor_fields
+
+
+class Stage(Protocol):
+    """What the engine needs of a stage. Calls may come from several threads; each sees them in its own order."""
+
+    node: str
+    layers: tuple[str, ...]
+
+    def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int: ...
+
+    def submit(self, batch: Batch) -> Pending: ...
+
+    def truncate(self, session: int, length: int) -> int: ...
+
+    def close(self, session: int) -> None: ...
+
+    def memory(self) -> Memory: ...
+
+
+class LocalStage:
+    """A backend's stage in this process, one call at a time. Work is done in the calling thread: no hand-off."""
+
+    def __init__(self, node: str, stage: TextStage) -> None:
+        self.node = node
+        self.layers = stage.layers
+        self._stage = stage
+        self._lock = threading.Lock()
+
+    def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
+        with self._lock:
+            return self._stage.open(session, spec, parent, length)
+
+    def submit(self, batch: Batch) -> Pending:
+        try:
+            with self._lock:
+                return self._stage.submit(batch)
+        except CakeError as error:
+            return _failed(error)
+        except Exception as error:
+            # A backend's bug ends the requests of this batch, not the thread that carries everybody's.
+            return _failed(StageError(f"{self.node}: {type(error).__name__}: {error}"))
+
+    def truncate(self, session: int, length: int) -> int:
+        with self._lock:
+            return self._stage.truncate(session, length)
+
+    def close(self, session: int) -> None:
+        with self._lock:
+            self._stage.close(session)
+
+    def memory(self) -> Memory:
+        with self._lock:
+            return self._stage.memory()
+
+    def shutdown(self) -> None:
+        with self._lock:
+            self._stage.shutdown()
+
+
+def _failed(error: CakeError) -> Pending:
+    pending = Pending()
+    pending.fail(error)
+    return pending
+
+
+class Peer(Protocol):
+    """A remote node as a stage sees it: its current link, or the error that says why there is none."""
+
+    name: str
+
+    def link(self) -> Link: ...
+
+    def wait_up(self, timeout: float) -> Link: ...
+
+    def memory_of(self, layers: tuple[str, ...]) -> Memory: ...
+
+
+CONTROL_TIMEOUT = 30.0
+"""Seconds for an answer to OPEN with a parent, TRUNCATE and the like, which wait behind at most a few batches."""
+
+
+class RemoteStage:
+    """Contiguous layers on a worker. Opening an empty session and closing one cost no round trip: an error of theirs comes
+    with the next batch, which the worker serves after them."""
+
+    def __init__(self, peer: Peer, index: int, layers: tuple[str, ...]) -> None:
+        self.node = peer.name
+        self.layers = layers
+        self._peer = peer
+        self._index = index
+
+    def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
+        fields = {"session": session, "spec": spec_to_fields(spec), "parent": parent, "length": length}
+        link = self._peer.link()
+        if parent is None:
+            link.tell(Type.OPEN, fields, self._index)
+            return 0
+        message, _ = link.ask(Type.OPEN, fields, self._index).result(CONTROL_TIMEOUT)
+        return int(message.fields["length"])
+
+    def submit(self, batch: Batch) -> Pending:
+        try:
+            return self._peer.link().forward(self._index, batch)
+        except CakeError as error:
+            return _failed(error)
+
+    def truncate(self, session: int, length: int) -> int:
+        fields = {"session": session, "length": length}
+        message, _ = self._peer.link().ask(Type.TRUNCATE, fields, self._index).result(CONTROL_TIMEOUT)
+        return int(message.fields["length"])
+
+    def close(self, session: int) -> None:
+        try:
+            self._peer.link().tell(Type.CLOSE, {"session": session}, self._index)
+        except NodeError:
+            return  # a node that is gone holds no session of ours any more
+
+    def memory(self) -> Memory:
+        return self._peer.memory_of(self.layers)
+
+
+class RemoteComponent:
+    """A component of an image model on a worker. A call is repeated when its node is lost and back within `rejoin`
+    seconds: all state is in the call. Constants of a request travel once a link, named by their content."""
+
+    def __init__(self, peer: Peer, name: str, rejoin: float) -> None:
+        self.name = name
+        self.node = peer.name
+        self._peer = peer
+        self._rejoin = rejoin
+        self._sent: dict[int, set[bytes]] = {}
+        self._sent_over: Link | None = None
+        self.seconds = 0.0
+        """Time the worker computed for us, for the bench."""
+
+    def call(
+        self,
+        method: str,
+        request: int,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Any],
+        constants: Mapping[str, Tensor],
+    ) -> Mapping[str, Tensor]:
+        until = time.monotonic() + self._rejoin
+        ids = {name: content_id(tensor) for name, tensor in constants.items()}
+        link = self._peer.link()
+        while True:
+            try:
+                return self._call_once(link, method, request, tensors, scalars, constants, ids)
+            except NodeLost:
+                link = self._peer.wait_up(max(0.0, until - time.monotonic()))
+
+    def _call_once(
+        self,
+        link: Link,
+        method: str,
+        request: int,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Any],
+        constants: Mapping[str, Tensor],
+        ids: Mapping[str, bytes],
+    ) -> Mapping[str, Tensor]:
+        if link is not self._sent_over:
+            self._sent, self._sent_over = {}, link
+        sent = self._sent.setdefault(request, set())
+        new = {name: tensor for name, tensor in constants.items() if ids[name] not in sent}
+        listed_new, buffers = tensor_fields(new)
+        listed, more = tensor_fields(tensors)
+        fields = {
+            "layer": self.name,
+            "method": method,
+            "image": request,
+            "scalars": dict(scalars),
+            "tensors": listed,
+            "constants": listed_new,
+            "ids": dict(ids),
+        }
+        all_buffers: list[Buffer] = [*buffers, *more]
+        try:
+            message, body = link.ask(Type.CALL, fields, buffers=all_buffers).result()
+        except ProtocolError:
+            raise
+        except CakeError as error:
+            raise self._lost(link, error) from error
+        sent.update(ids.values())
+        self.seconds += message.fields["seconds"]
+        return message.tensors(body)
+
+    def _lost(self, link: Link, error: CakeError) -> CakeError:
+        return error if link.up or isinstance(error, NodeLost) else NodeLost(f"{self.node}: {error}", self.node)
+
+    def close(self, request: int) -> None:
+        self._sent.pop(request, None)
+        try:
+            self._peer.link().tell(Type.RELEASE, {"layer": self.name, "image": request})
+        except NodeError:
+            return  # a node that is gone keeps nothing of ours
+
+    def memory(self) -> Memory:
+        return self._peer.memory_of((self.name,))
+
+    def shutdown(self) -> None:
+        """Nothing of ours is on the node once its requests are closed."""
+
+
+def content_id(tensor: Tensor) -> bytes:
+    """Names a tensor by what is in it."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{tensor.shape}".encode(), digest_size=16)
+    digest.update(tensor.data)
+    return digest.digest()
+
+
+__all__ = ["Component", "LocalStage", "Peer", "RemoteComponent", "RemoteStage", "Stage", "content_id"]
