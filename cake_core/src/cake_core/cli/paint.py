@@ -1,0 +1,89 @@
+"""Paints images to files, with progress and a picture in terminals that can show one."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cake_core.cli.console import human_seconds, note, plural
+from cake_core.cli.opening import opened_image
+from cake_core.errors import ConfigError
+from cake_core.events import ImageDone, ImageEvent, ImagePreview, ImageStep, ImageWarning
+
+if TYPE_CHECKING:
+    from cake_core.checkpoint import Checkpoint
+    from cake_core.cli.image_options import ImageFlags
+    from cake_core.cli.options import ModelFlags
+    from cake_core.plugins import Plugins
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to paint; a seed of None is drawn."""
+
+    prompt: str
+    seed: int | None = None
+
+    def chosen_seed(self) -> int:
+        return secrets.randbits(32) if self.seed is None else self.seed
+
+
+def paint(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, painting: ImageFlags, job: Job) -> None:
+    """Opens the model, paints the images and writes them as PNG."""
+    seed = job.chosen_seed()
+    sink = Studio(Files(painting, seed))
+    request = painting.request(job.prompt, seed, live_preview=sink.previews)
+    sink.files.check()
+    with opened_image(plugins, flags, checkpoint) as runtime:
+        note(f"seed {seed}")
+        start = time.monotonic()
+        try:
+            for event in runtime.engine.generate(request):
+                sink.take(event)
+        finally:
+            sink.end()
+        note(f"{plural(request.images, 'image')} in {human_seconds(time.monotonic() - start)}")
+
+
+class Files:
+    """Names and writes the pictures of one job."""
+
+    def __init__(self, painting: ImageFlags, seed: int) -> None:
+        self._output = painting.output or Path(f"cake-{seed}.png")
+        self._several = painting.images * painting.batch > 1
+        self._every_step = painting.preview_every > 0
+        self.to_stdout = str(self._output) == "-"
+
+    def check(self) -> None:
+        """Raises ConfigError before minutes of painting are lost to a folder that is not there."""
+        if self.to_stdout and self._several:
+            raise ConfigError("-o - takes one image; name a file for several")
+        if not self.to_stdout and not self._output.parent.is_dir():
+            raise ConfigError(f"there is no folder {self._output.parent} to write {self._output.name} to; make it first")
+        if self._output.is_dir():
+            raise ConfigError(f"{self._output} is a folder; name a file, e.g. -o {self._output / 'picture.png'}")
+
+    def final(self, image: int) -> Path:
+        return self._output.with_stem(f"{self._output.stem}-{image + 1}") if self._several else self._output
+
+    def step(self, image: int, step: int) -> Path | None:
+        """Where to keep the picture after a step, None when they were not asked for."""
+        path = self.final(image)
+        return path.with_stem(f"{path.stem}-step{step}") if self._every_step and not self.to_stdout else None
+
+    def write(self, path: Path, png: bytes) -> None:
+        if self.to_stdout:
+            sys.stdout.buffer.write(png)
+            sys.stdout.flush()
+            return
+        try:
+            path.write_bytes(png)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        note(f"wrote {path}")
