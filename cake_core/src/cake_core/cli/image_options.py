@@ -29,10 +29,10 @@ _OPTIONS = (
     option(PAINTING, "--height", "--sd-height", type=int, metavar="N", help="Height, a multiple of 8."),
     option(PAINTING, "--n", "--sd-num-samples", "images", type=int, default=1, metavar="N", help="Images, seeds counting up."),
     option(PAINTING, "--sd-bsize", "batch", type=int, default=1, metavar="N", help="Multiplies --n, as in the seed."),
-    option(PAINTING, "--preview-every", "--sd-intermediary-images", type=int, default=0, metavar="N", help="Keep each N-th step."),
+    option(PAINTING, "--preview-every", "--sd-intermediary-images", type=int, default=0, metavar="N", help="Keep these steps."),
     option(PAINTING, "--init-image", "--sd-img2img", type=_PATH, metavar="FILE", help="Image to start from."),
     option(PAINTING, "--mask", type=_PATH, metavar="FILE", help="White where --init-image is repainted."),
-    option(PAINTING, "--strength", "--sd-img2img-strength", type=float, default=0.8, metavar="X", help="0 keeps it, 1 ignores it."),
+    option(PAINTING, "--strength", "--sd-img2img-strength", type=float, default=0.8, metavar="X", help="How far from it."),
     option(PAINTING, "--sd-tracing", "tracing", is_flag=True, help="Write a chrome trace of the run to trace-*.json."),
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ class ImageFlags:
     strength: float = 0.8
     tracing: bool = False
 
-    def request(self, prompt: str, seed: int, live_preview: bool) -> ImageRequest:
+    def request(self, prompt: str, seed: int) -> ImageRequest:
         """Raises RequestError, naming the option, for values that cannot be."""
         from cake_core.requests import ImageRequest
 
@@ -75,7 +75,7 @@ class ImageFlags:
             init_image=_read(self.init_image),
             mask=_read(self.mask),
             strength=self.strength,
-            preview_every=self.preview_every or (1 if live_preview else 0),
+            preview_every=self.preview_every,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cake_core import png
+from cake_core.cli import picture
 from cake_core.cli.console import human_seconds, note, plural
 from cake_core.cli.opening import opened_image
 from cake_core.errors import ConfigError
@@ -38,7 +42,7 @@ def paint(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, painting:
     """Opens the model, paints the images and writes them as PNG."""
     seed = job.chosen_seed()
     sink = Studio(Files(painting, seed))
-    request = painting.request(job.prompt, seed, live_preview=sink.previews)
+    request = painting.request(job.prompt, seed)
     sink.files.check()
     with opened_image(plugins, flags, checkpoint) as runtime:
         note(f"seed {seed}")
@@ -47,7 +51,7 @@ def paint(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, painting:
             for event in runtime.engine.generate(request):
                 sink.take(event)
         finally:
-            sink.end()
+            sink.clear()
         note(f"{plural(request.images, 'image')} in {human_seconds(time.monotonic() - start)}")
 
 
@@ -87,3 +91,67 @@ class Files:
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror}") from error
         note(f"wrote {path}")
+
+
+class Studio:
+    """Takes the events of an image job: shows how far it is, keeps what was asked for, and shows the picture."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self._live = sys.stderr.isatty()
+        self._terminal = picture.detect(os.environ, self._live)
+        self._columns = min(64, shutil.get_terminal_size().columns - 1)
+        self._line = 0
+        self._height = 0
+
+    def take(self, event: ImageEvent) -> None:
+        if isinstance(event, ImageStep):
+            self._progress(event)
+        elif isinstance(event, ImagePreview):
+            self._preview(event)
+        elif isinstance(event, ImageWarning):
+            self.clear()
+            note(f"warning: {event.message}")
+        elif isinstance(event, ImageDone):
+            self._finish(event)
+
+    def _progress(self, event: ImageStep) -> None:
+        if not self._live:
+            return
+        bar = "#" * round(24 * event.step / event.steps)
+        left = human_seconds((event.steps - event.step) * event.seconds)
+        line = f"image {event.image + 1} [{bar:<24}] step {event.step}/{event.steps}, {event.seconds:.2f} s/step, {left} left"
+        self._clear_line()
+        click.echo(line, err=True, nl=False)
+        self._line = len(line)
+
+    def _preview(self, event: ImagePreview) -> None:
+        path = self.files.step(event.image, event.step)
+        if path is not None:
+            self.clear()
+            self.files.write(path, event.png)
+        if self._terminal != "none":
+            width, height, rgb = png.decode(event.png)
+            self.clear()
+            # Half blocks, whatever the terminal can do: only they can be drawn over.
+            click.echo(picture.render(rgb, width, height, self._columns), err=True, nl=False)
+            self._height = picture.lines(width, height, self._columns)
+
+    def _finish(self, event: ImageDone) -> None:
+        self.clear()
+        text = {"Software": "Cake", "Seed": str(event.seed)}
+        shown = picture.render(event.rgb, event.width, event.height, self._columns, self._terminal)
+        click.echo(shown, err=True, nl=False)
+        self.files.write(self.files.final(event.image), png.encode(event.rgb, event.width, event.height, text))
+
+    def _clear_line(self) -> None:
+        if self._line:
+            click.echo("\r" + " " * self._line + "\r", err=True, nl=False)
+            self._line = 0
+
+    def clear(self) -> None:
+        """Takes the progress line and the last preview off the screen."""
+        self._clear_line()
+        if self._height:
+            click.echo(f"\x1b[{self._height}A\x1b[J", err=True, nl=False)
+            self._height = 0

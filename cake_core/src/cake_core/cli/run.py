@@ -16,7 +16,7 @@ from cake_core.errors import RequestError
 
 @click.command(cls=SectionedCommand)
 @click.argument("prompt", required=False)
-@option(TEXT, "--seed", "--sd-seed", "seed", type=int, metavar="N", help="Seed of every draw.  [default: a random one, printed]")
+@option(TEXT, "--seed", "--sd-seed", "seed", type=int, metavar="N", help="Seed of every draw.  [default: a random one]")
 @text_options
 @image_options
 @model_options()
