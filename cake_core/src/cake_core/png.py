@@ -1,4 +1,4 @@
-"""PNG writing with the standard library only: enough to hand a picture to a file, a browser or a terminal."""
+"""PNG files with the standard library only: enough to hand a picture to a file, a browser or a terminal."""
 
 from __future__ import annotations
 
@@ -39,3 +39,52 @@ def size(png: bytes) -> tuple[int, int]:
         raise ConfigError("not a PNG file")
     width, height = struct.unpack(">II", png[16:24])
     return width, height
+
+
+def decode(png: bytes) -> tuple[int, int, bytes]:
+    """Width, height and 8-bit RGB rows of a PNG file as image models and libraries write them.
+
+    Raises ConfigError for what is no PNG, damaged, or not 8-bit RGB without interlacing.
+    """
+    width, height = size(png)
+    if tuple(png[24:29]) != (8, 2, 0, 0, 0):
+        raise ConfigError("only 8-bit RGB PNG files without interlacing can be read here")
+    data, at = b"", len(SIGNATURE)
+    while at + 8 <= len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        if png[at + 4 : at + 8] == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        at += length + 12
+    stride = 3 * width
+    try:
+        rows = zlib.decompressobj().decompress(data, (stride + 1) * height)
+    except zlib.error as error:
+        raise ConfigError(f"damaged PNG file: {error}") from error
+    if len(rows) != (stride + 1) * height:
+        raise ConfigError("the PNG file ends too early")
+    result, above = bytearray(), bytes(stride)
+    for y in range(height):
+        start = y * (stride + 1)
+        above = _unfilter(rows[start], rows[start + 1 : start + 1 + stride], above)
+        result += above
+    return width, height, bytes(result)
+
+
+def _unfilter(kind: int, row: bytes, above: bytes) -> bytes:
+    """One row as it was before its PNG filter; three bytes a pixel."""
+    if kind == 0:
+        return row
+    if kind > 4:
+        raise ConfigError("damaged PNG file: unknown row filter")
+    out = bytearray(row)
+    for i, value in enumerate(row):
+        left, up, corner = (out[i - 3], above[i], above[i - 3]) if i >= 3 else (0, above[i], 0)
+        predicted = (0, left, up, (left + up) // 2, _paeth(left, up, corner))[kind]
+        out[i] = (value + predicted) & 255
+    return bytes(out)
+
+
+def _paeth(left: int, up: int, corner: int) -> int:
+    """Whichever neighbour is nearest to left + up - corner, as the PNG specification orders them."""
+    distances = (abs(up - corner), abs(left - corner), abs(left + up - 2 * corner))
+    return (left, up, corner)[distances.index(min(distances))]

@@ -67,7 +67,7 @@ class CliError(click.ClickException):
 
     def __init__(self, error: CakeError) -> None:
         super().__init__(str(error))
-        self.exit_code: int = error.exit_code  # type: ignore[misc] - click declares it for classes, and reads it here
+        self.__dict__["exit_code"] = error.exit_code
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", file=file or sys.stderr)

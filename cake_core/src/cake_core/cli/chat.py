@@ -46,10 +46,12 @@ def chat(seed: int | None, flags: ModelFlags, text: TextFlags) -> None:
         raise RequestError(f"{checkpoint.name} paints images; use `cake run --model-type image`")
     if text.raw:
         raise RequestError("a conversation needs the model's chat template; use `cake run --raw`", "raw")
+    chosen_seed = Question("", seed).chosen_seed()
+    text.check(chosen_seed)
     with opened_text(plugins, flags, checkpoint) as runtime:
         if not runtime.tokenizer.has_chat_template:
             raise RequestError(f"{checkpoint.name} has no chat template; use `cake run --raw`")
-        Conversation(runtime, text, Question("", seed).chosen_seed()).talk()
+        Conversation(runtime, text, chosen_seed).talk()
 
 
 class Conversation:

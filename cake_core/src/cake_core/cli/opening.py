@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from cake_core.cli.console import Bars, human_bytes, human_seconds, note, plural, show_table
+from cake_core.topology import compress
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ def opened_text(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint) -> 
 
     start = time.monotonic()
     with Bars("loading") as bars:
-        runtime = open_text(plugins, flags.run_spec(checkpoint, bars.update))
+        runtime = open_text(plugins, flags.run_spec(plugins, checkpoint, loading(bars)))
     with contextlib.closing(runtime):
         announce(runtime.info, runtime.placement, time.monotonic() - start)
         yield runtime
@@ -43,10 +44,15 @@ def opened_image(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint) ->
 
     start = time.monotonic()
     with Bars("loading") as bars:
-        runtime = open_image(plugins, flags.run_spec(checkpoint, bars.update))
+        runtime = open_image(plugins, flags.run_spec(plugins, checkpoint, loading(bars)))
     with contextlib.closing(runtime):
         announce(runtime.info, runtime.placement, time.monotonic() - start)
         yield runtime
+
+
+def loading(bars: Bars) -> Callable[[str, int, int], None]:
+    """Progress of a load, its layers written as ranges."""
+    return lambda layers, done, total: bars.update(", ".join(compress(tuple(layers.split(", ")))), done, total)
 
 
 def announce(info: ModelInfo, placement: Placement, seconds: float) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cake_core.plugins import Plugins
     from cake_core.runtime import RunSpec
     from cake_core.topology import Topology
+    from cake_core.transport import Address, Channel
 
 MODEL_TYPES = {"text": "text", "image": "image", "text-model": "text", "image-model": "image"}
 """What `--model-type` takes, the seed's names among them."""
@@ -55,6 +56,7 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(CLUSTER, "--cluster-key", metavar="KEY", help="Cluster key or passphrase; see `cake key`."),
         option(CLUSTER, "--insecure", is_flag=True, help="No key and no encryption: anyone who reaches a port may use it."),
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
+        option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
         option(CLUSTER, "--wire-dtype", default="auto", metavar="D", help="Dtype of activations on the network."),
     ),
     "image": (
@@ -97,6 +99,7 @@ class ModelFlags:
     cluster_key: str | None = None
     insecure: bool = False
     wait: float = 10.0
+    rejoin_timeout: float = 30.0
     wire_dtype: str = "auto"
     sd: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,23 +156,31 @@ class ModelFlags:
                 ) from error
             raise
 
-    def run_spec(self, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None = None) -> RunSpec:
+    def run_spec(
+        self, plugins: Plugins, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None = None
+    ) -> RunSpec:
         """Everything `open_text` and `open_image` want."""
         from cake_core.runtime import RunSpec
 
+        topology = self.load_topology()
         return RunSpec(
             checkpoint=checkpoint,
-            topology=self.load_topology(),
+            topology=topology,
             options=self.load_options(),
-            key=self.key(),
-            insecure=self.insecure,
+            # A model that is all here needs no key, so none is made.
+            dial=self.dialer(plugins) if topology.nodes else None,
             wait=self.wait,
-            wire_dtype=self.wire_dtype,
+            rejoin=self.rejoin_timeout,
+            wire_dtype="" if self.wire_dtype == "auto" else self.wire_dtype,
             progress=progress,
         )
 
-    def key(self) -> Any:
-        raise NotImplementedError
+    def dialer(self, plugins: Plugins) -> Callable[[Address, float], Channel]:
+        """`dial(address, timeout)` to workers: authenticated and encrypted, unless `--insecure`."""
+        from cake_core.security import dialer  # type: ignore[import-not-found, unused-ignore]
+
+        dial: Callable[[Address, float], Channel] = dialer(plugins, self.cluster_key, self.insecure)
+        return dial
 
 
 def model_options(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

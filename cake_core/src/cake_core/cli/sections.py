@@ -29,7 +29,7 @@ class SectionedCommand(click.Command):
         blocks: dict[str, list[tuple[str, str]]] = {section: [] for section in ORDER}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 blocks.setdefault(getattr(parameter, "section", ""), []).append(record)
         for section, records in blocks.items():
             if records:

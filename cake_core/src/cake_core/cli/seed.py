@@ -50,7 +50,7 @@ def _sd_options(function: Any) -> Any:
     default=f"{DATA}/Meta-Llama-3-8B/",
     show_default=True,
     metavar="M",
-    help="Model folder, or cache of image models.",
+    help="Model folder or cache.",
 )
 @click.option("--model-type", type=click.Choice(list(MODEL_TYPES)), default="text-model", show_default=True)
 @click.option("--topology", metavar="T", help="Topology file.")

@@ -65,8 +65,10 @@ class Meter:
 
 def answer(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, text: TextFlags, question: Question) -> None:
     """Opens the model, answers once on stdout, and ends with a line of measurements on stderr."""
+    seed = question.chosen_seed()
+    text.check(seed)
     with opened_text(plugins, flags, checkpoint) as runtime:
-        seed, tokenizer = question.chosen_seed(), runtime.tokenizer
+        tokenizer = runtime.tokenizer
         if text.raw or not tokenizer.has_chat_template:
             if not text.raw:
                 note("this model has no chat template, so it continues the prompt as it is")

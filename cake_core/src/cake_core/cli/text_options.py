@@ -12,7 +12,7 @@ from cake_core.errors import RequestError
 
 if TYPE_CHECKING:
     from cake_core.model import Tokenizer
-    from cake_core.requests import Message, TextRequest
+    from cake_core.requests import Message, SamplingDefaults, SamplingParams, TextRequest
 
 TEXT = "Text"
 
@@ -45,6 +45,12 @@ class TextFlags:
     system_prompt: str | None = None
     raw: bool = False
 
+    def check(self, seed: int) -> None:
+        """Raises RequestError for values out of range: before a model is loaded, not after."""
+        from cake_core.requests import SamplingDefaults, TextRequest
+
+        TextRequest((0,), self._sampling(SamplingDefaults(), seed), self.max_tokens, self.stop)
+
     def messages(self, prompt: str) -> list[Message]:
         system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         return [*system, {"role": "user", "content": prompt}]
@@ -61,9 +67,20 @@ class TextFlags:
         return self._request(tokenizer, tokenizer.encode(prompt), seed)
 
     def _request(self, tokenizer: Tokenizer, prompt: Sequence[int], seed: int) -> TextRequest:
-        from cake_core.requests import SamplingParams, TextRequest
+        from cake_core.requests import TextRequest
 
-        chosen = tokenizer.defaults.fill(
+        return TextRequest(
+            prompt=tuple(prompt),
+            sampling=self._sampling(tokenizer.defaults, seed),
+            max_tokens=self.max_tokens,
+            stop=self.stop,
+            stop_ids=tokenizer.stop_ids,
+        )
+
+    def _sampling(self, defaults: SamplingDefaults, seed: int) -> SamplingParams:
+        from cake_core.requests import SamplingParams
+
+        chosen = defaults.fill(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -72,13 +89,7 @@ class TextFlags:
         )
         if self.repeat_last_n is not None:
             chosen["repeat_last_n"] = self.repeat_last_n
-        return TextRequest(
-            prompt=tuple(prompt),
-            sampling=SamplingParams(seed=seed, **chosen),
-            max_tokens=self.max_tokens,
-            stop=self.stop,
-            stop_ids=tokenizer.stop_ids,
-        )
+        return SamplingParams(seed=seed, **chosen)
 
 
 def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
