@@ -14,7 +14,8 @@ from cake_transport_tcp.wire import Stream
 
 
 class TcpChannel(Channel):
-    """Frames on a stream. While a message arrives, `timeout` counts from its last byte: a large one may take its time."""
+    """Frames on a stream. While a body arrives, `timeout` counts from its last byte: a large one may take its time, a
+    header may not."""
 
     def __init__(self, stream: Stream, peer: str, binding: bytes | None = None) -> None:
         self.encrypted = binding is not None
@@ -54,8 +55,10 @@ class TcpChannel(Channel):
             raise
 
     def _receive(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
+        deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._inbox.next(allocate)) is None:
-            deadline = None if timeout is None else time.monotonic() + timeout
+            if timeout is not None and self._inbox.in_body:
+                deadline = time.monotonic() + timeout
             count = self._stream.read(self._inbox.space(), deadline)
             if not count:
                 where = " in the middle of a message" if self._inbox.begun else ""

@@ -49,6 +49,11 @@ class Inbox:
         """Whether part of a message has arrived."""
         return self._header is not None or self._start < self._end
 
+    @property
+    def in_body(self) -> bool:
+        """Whether the header has arrived and been accepted, and the body has not in whole."""
+        return self._header is not None
+
     def space(self) -> memoryview:
         """Writable memory, never empty, for the bytes that come next. To be asked after `next` returned None."""
         if self._header is not None:

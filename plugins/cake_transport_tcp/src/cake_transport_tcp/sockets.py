@@ -92,8 +92,8 @@ def bind(address: Address) -> list[socket.socket]:
 
 
 def name(where: Any) -> str:
-    """A socket's address as `host:port`."""
-    host, port = where[0], where[1]
+    """A socket's address as `host:port`. An IPv4 peer of an IPv6 socket is named as the IPv4 address that it is."""
+    host, port = where[0].removeprefix("::ffff:"), where[1]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
