@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded
+from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeMismatch
 from cake_core.handshake import authenticate_listener
 from cake_core.keys import ClusterKey
 from cake_core.transport import Address, Channel, Listener
@@ -32,6 +32,10 @@ class Limits:
     seconds: float = 5.0
 
 
+Check = Callable[[bytes, str], None]
+"""`check(hello, peer)` looks at the hello of a peer that has proved itself, and raises a CakeError to turn it away."""
+
+
 class Gate:
     """`accept` returns authenticated channels and their peers' hellos. `hello` is ours, or makes ours for each peer."""
 
@@ -40,12 +44,14 @@ class Gate:
         listener: Listener,
         key: ClusterKey | None,
         hello: bytes | Callable[[], bytes],
+        check: Check | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.address: Address = listener.address
         self._listener = listener
         self._key = key
         self._hello = hello
+        self._check = check
         self._limits = limits or Limits()
         self._waiting: dict[Channel, str] = {}  # in order of arrival, with their origins
         self._admitted: deque[tuple[Channel, bytes]] = deque()
@@ -107,6 +113,8 @@ class Gate:
         hello = self._hello if isinstance(self._hello, bytes) else self._hello()
         try:
             answer = authenticate_listener(channel, self._key, hello, self._limits.seconds)
+            if self._check is not None:
+                self._check(answer, channel.peer)
         except CakeError as error:
             self._refuse(channel, error)
         else:
@@ -115,7 +123,10 @@ class Gate:
     def _refuse(self, channel: Channel, error: CakeError) -> None:
         with self._changed:
             evicted = self._waiting.pop(channel, None) is None
-        channel.abort()
+        if isinstance(error, NodeMismatch):
+            channel.close()  # in order: our proof and hello still arrive, so the other end can say the same
+        else:
+            channel.abort()
         if not evicted:
             self._complaints.say(f"refused a connection to {self.address}: {error}")
 

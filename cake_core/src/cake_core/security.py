@@ -11,7 +11,7 @@ import logging
 import time
 
 from cake_core.errors import ConfigError
-from cake_core.gate import Gate
+from cake_core.gate import Check, Gate
 from cake_core.handshake import authenticate_dialler, authenticate_listener
 from cake_core.keys import ClusterKey, find_key, obtain_key
 from cake_core.transport import Address, Channel, Identity, Transport
@@ -44,11 +44,11 @@ def dial(transport: Transport, address: Address, key: ClusterKey | None, hello: 
     return channel, authenticate_dialler(channel, key, hello, max(0.0, deadline - time.monotonic()))
 
 
-def listen(transport: Transport, address: Address, key: ClusterKey | None, hello: bytes) -> Gate:
+def listen(transport: Transport, address: Address, key: ClusterKey | None, hello: bytes, check: Check | None = None) -> Gate:
     """A gate at an address: `accept` returns only peers that have proved to hold the key. Raises ConfigError."""
     if key is None:
         _warn_insecure()
-    return Gate(transport.listen(address, None if key is None else process_identity()), key, hello)
+    return Gate(transport.listen(address, None if key is None else process_identity()), key, hello, check)
 
 
 def make_identity() -> Identity:

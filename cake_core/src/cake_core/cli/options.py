@@ -177,10 +177,9 @@ class ModelFlags:
 
     def dialer(self, plugins: Plugins) -> Callable[[Address, float], Channel]:
         """`dial(address, timeout)` to workers: authenticated and encrypted, unless `--insecure`."""
-        from cake_core.security import dialer  # type: ignore[import-not-found, unused-ignore]
+        from cake_core.access import dialer
 
-        dial: Callable[[Address, float], Channel] = dialer(plugins, self.cluster_key, self.insecure)
-        return dial
+        return dialer(plugins, self.cluster_key, self.insecure)
 
 
 def model_options(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

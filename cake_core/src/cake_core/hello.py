@@ -1,0 +1,40 @@
+"""What two processes tell each other in the handshake, and what must agree before they go on.
+
+A hello is a small CBOR map. It is read only after the proofs, and keys we do not know are let be, so later versions may add
+to it; `protocol` is the one that decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+
+import cbor2
+
+from cake_core import __version__
+from cake_core.cbor import load_map
+from cake_core.errors import NodeMismatch
+from cake_core.protocol import PROTOCOL_VERSION
+
+
+@functools.cache
+def make_hello() -> bytes:
+    """Ours. `process` is random: a restarted process is another one."""
+    return cbor2.dumps({"protocol": PROTOCOL_VERSION, "cake": __version__, "process": secrets.token_bytes(16)})
+
+
+def check_hello(hello: bytes, peer: str) -> None:
+    """Raises NodeMismatch, with the remedy, for a peer of another protocol version, ProtocolError for what is no hello."""
+    said = load_map(hello)
+    if said.get("protocol") != PROTOCOL_VERSION:
+        raise NodeMismatch(
+            f"{peer} runs Cake {_short(said.get('cake'))} with protocol {_short(said.get('protocol'))}, this is Cake "
+            f"{__version__} with protocol {PROTOCOL_VERSION}; install the same version on both",
+            address=peer,
+        )
+
+
+def _short(value: object) -> str:
+    """A peer's word for a log line: short, and nothing that moves a terminal's cursor."""
+    text = str(value)[:40]
+    return text if text.isprintable() else ascii(text)
