@@ -1,0 +1,125 @@
+"""Weights of a GGUF file by their Hugging Face names, as torch tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cake_core.errors import CheckpointError, UnsupportedModel
+from cake_core.formats.gguf_header import TYPES
+from cake_llama.dequant import SERVED, dequantize
+
+if TYPE_CHECKING:
+    from cake_core.checkpoint import Checkpoint, TensorInfo
+
+CHUNK_VALUES = 1 << 22
+"""Values dequantised at a time: what a load needs beside the weights themselves stays below 64 MB."""
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_BLOCK_NAME = re.compile(r"^blk\.(\d+)\.(\w+)\.(weight|bias)$")
+_ROPE_TABLES = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Tensors that are configuration: `gguf_config` reads them."""
+
+_VALUES_A_BLOCK = {name: (values, nbytes) for name, values, nbytes in TYPES.values()}
+
+
+def hf_name(name: str, architecture: str) -> str | None:
+    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`; None for a tensor that this family does not have."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.{kind}"
+    match = _BLOCK_NAME.match(name)
+    part = _BLOCK.get(match[2]) if match else None
+    if match is None or part is None:
+        return None
+    if architecture == "phi3" and part == "mlp.up_proj":
+        part = "mlp.gate_up_proj"
+    return f"model.layers.{match[1]}.{part}.{match[3]}"
+
+
+class GgufWeights:
+    """Loads one tensor at a time, dequantised, in the layout of the Hugging Face weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = str(checkpoint.config.get("general.architecture"))
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Tensors by Hugging Face name. Raises UnsupportedModel for one that the model has no place for, or of a type that is
+        not served."""
+        found: dict[str, TensorInfo] = {}
+        for name, tensor in self._checkpoint.tensors.items():
+            if name in _ROPE_TABLES:
+                continue
+            known = hf_name(name, self._architecture)
+            if known is None:
+                raise UnsupportedModel(
+                    f"{self._checkpoint.path} has a tensor {name!r}, which {self._architecture} models do not"
+                )
+            if tensor.dtype not in SERVED:
+                raise UnsupportedModel(
+                    f"{self._checkpoint.path}: tensor {name!r} is of type {tensor.dtype} (served: {', '.join(SERVED)}); "
+                    "use a file of another quantisation, e.g. Q4_K_M"
+                )
+            found[known] = tensor
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One weight on the CPU. Raises CheckpointError when it is missing or the file cannot be read."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self._checkpoint.path} has no {name}; download it again")
+        result = torch.empty(tensor.shape, dtype=dtype)
+        flat = result.view(-1)
+        values, nbytes = _VALUES_A_BLOCK[tensor.dtype]
+        step = CHUNK_VALUES // values
+        for start in range(0, tensor.nbytes // nbytes, step):
+            data = _read(tensor.file, tensor.offset + start * nbytes, min(step * nbytes, tensor.nbytes - start * nbytes))
+            chunk = torch.from_numpy(dequantize(tensor.dtype, data))
+            flat[start * values : start * values + len(chunk)] = chunk
+        heads = self._interleaved_heads(name)
+        return result if heads is None else _separate_halves(result, heads)
+
+    def _interleaved_heads(self, name: str) -> int | None:
+        """Heads of a projection whose rows llama files hold pairwise (x0 y0 x1 y1 …), for rotation in pairs."""
+        if self._architecture != "llama" or ".self_attn." not in name:
+            return None
+        heads = self._checkpoint.config["llama.attention.head_count"]
+        if ".q_proj." in name:
+            return int(heads)
+        return int(self._checkpoint.config.get("llama.attention.head_count_kv", heads)) if ".k_proj." in name else None
+
+
+def _separate_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads * (pairs, 2), ...] -> [heads * (2, pairs), ...]: halves side by side, as the model rotates them."""
+    return rows.view(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _read(file: Path, offset: int, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    data = np.empty(nbytes, np.uint8)
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            found = stream.readinto(data.data)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    if found != nbytes:
+        raise CheckpointError(f"{file} ended while it was read; download it again")
+    return data
