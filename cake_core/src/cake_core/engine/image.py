@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from cake_core.errors import CakeError, Cancelled, QueueFullError, StageError
@@ -61,7 +61,7 @@ class ImageEngine:
         self._jobs.put(job)
         return job
 
-    def generate(self, request: ImageRequest) -> Iterator[ImageEvent]:
+    def generate(self, request: ImageRequest) -> Generator[ImageEvent, None, None]:
         """The events of one job. Closing the iterator cancels; a Failed is raised as its error."""
         events: queue.SimpleQueue[Sequence[ImageEvent]] = queue.SimpleQueue()
         job = self.submit(request, events.put)

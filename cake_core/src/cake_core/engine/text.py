@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import Protocol
@@ -172,7 +172,7 @@ class TextEngine:
         if missing is not None and self._expired(time.monotonic()):
             raise missing
 
-    def generate(self, request: TextRequest) -> Iterator[TextEvent]:
+    def generate(self, request: TextRequest) -> Generator[TextEvent, None, None]:
         """The events of one request. Closing the iterator cancels; a Failed is raised as its error."""
         events: queue.SimpleQueue[List[TextEvent]] = queue.SimpleQueue()
         handle = self.submit(request, events.put)
