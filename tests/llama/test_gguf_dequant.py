@@ -5,10 +5,10 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from cake_llama.dequant import SERVED, dequantize
 
 from cake_core.errors import UnsupportedModel
 from cake_core.formats.gguf_header import TYPES
+from cake_llama.dequant import SERVED, dequantize
 
 SIZES = {name: (block, width) for name, block, width in TYPES.values()}
 
