@@ -1,0 +1,24 @@
+"""The contract kit: what a plugin must do, as pytest classes. A plugin's test file is one subclass and its fixtures::
+
+    class TestMyTransport(TransportContract):
+        @pytest.fixture
+        def transport(self):
+            return MyTransport()
+
+        @pytest.fixture
+        def address(self):
+            return Address("127.0.0.1", 0, "mine")
+
+Class attributes state what a plugin may decide for itself: sizes, tolerances. The kit needs pytest (`cake-core[testing]`).
+"""
+
+import pytest
+
+# Before the modules are imported, so that a failing `assert` in them shows its values.
+pytest.register_assert_rewrite(
+    *(f"{__name__}.{name}" for name in ("image", "text", "text_rig", "text_sampling", "transport", "transport_endings"))
+)
+
+from cake_core.testing.contracts.transport import TransportContract  # noqa: E402
+
+__all__ = ["TransportContract"]
