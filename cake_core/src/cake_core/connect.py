@@ -6,54 +6,17 @@ listens and hands the channel to whoever waits for that node's name. Above this 
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-from cake_core import __version__, security
-from cake_core.errors import CakeError, ConfigError, NodeMismatch, NodeUnreachable, ProtocolError, TransportError
+from cake_core import security
+from cake_core.errors import CakeError, ConfigError, NodeMismatch, NodeUnreachable, TransportError
+from cake_core.hello import check_hello, hello_node, make_hello
 from cake_core.keys import ClusterKey, obtain_key
 from cake_core.plugins import Plugins
-from cake_core.protocol import PROTOCOL_VERSION
 from cake_core.transport import Address, Channel
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """What a process says of itself before anything else; believed only after it has proved to hold the key."""
-
-    role: Literal["master", "worker"]
-    node: str = ""
-    version: str = __version__
-    protocol: int = PROTOCOL_VERSION
-
-    def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def decode(cls, data: bytes, peer: str) -> Hello:
-        """Raises ProtocolError for what is no hello, NodeMismatch for another protocol version."""
-        try:
-            found = json.loads(data)
-            role, node, version, protocol = (found[name] for name in ("role", "node", "version", "protocol"))
-            known = role in ("master", "worker") and isinstance(protocol, int)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ProtocolError(f"{peer} does not say what it is; upgrade Cake there") from error
-        if not known:
-            raise ProtocolError(f"{peer} is neither master nor worker; upgrade Cake there")
-        if protocol != PROTOCOL_VERSION:
-            older = "there" if protocol < PROTOCOL_VERSION else "here"
-            raise NodeMismatch(
-                f"{peer} runs Cake {version} with protocol {protocol}, this is {__version__} with {PROTOCOL_VERSION}; "
-                f"upgrade {older}: `pip install -U cake-core`",
-                str(node),
-                peer,
-            )
-        return cls(role, str(node), str(version), protocol)
 
 
 class Keyring:
@@ -89,7 +52,6 @@ class Connector:
         self._keyring = keyring
         self._arrivals: dict[str, queue.SimpleQueue[Channel]] = {name: queue.SimpleQueue() for name in joining}
         self._gate: security.Gate | None = None
-        self._hello = Hello("master").encode()
         if joining and listen_at is None:
             raise ConfigError(
                 f"node {next(iter(joining))!r} has no host in the topology; add host: 'address:port', or give the master "
@@ -97,7 +59,7 @@ class Connector:
             )
         if listen_at is not None:
             transport = plugins.transport(listen_at.scheme)
-            self._gate = security.listen(transport, listen_at, keyring.key(), self._hello, self._admit)
+            self._gate = security.listen(transport, listen_at, keyring.key(), make_hello(), self._admit)
             threading.Thread(target=self._receive, name="cake-rendezvous", daemon=True).start()
 
     @property
@@ -108,8 +70,7 @@ class Connector:
     def dial(self, address: Address, timeout: float) -> Channel:
         """An authenticated channel to a worker that listens. Raises NodeUnreachable and what `security.dial` raises."""
         transport = self._plugins.transport(address.scheme)
-        channel, hello = security.dial(transport, address, self._keyring.key(), self._hello, timeout)
-        return _checked(channel, hello, "worker")
+        return _checked(*security.dial(transport, address, self._keyring.key(), make_hello(), timeout))
 
     def joined(self, name: str, timeout: float) -> Channel:
         """An authenticated channel to a worker that dials us. Raises NodeUnreachable when it has not."""
@@ -125,42 +86,37 @@ class Connector:
         if self._gate is not None:
             self._gate.close()
 
-    def _admit(self, data: bytes, peer: str) -> None:
-        hello = Hello.decode(data, peer)
-        if hello.role != "worker" or hello.node not in self._arrivals:
+    def _admit(self, hello: bytes, peer: str) -> None:
+        check_hello(hello, peer)
+        node = hello_node(hello)
+        if node not in self._arrivals:
             names = ", ".join(self._arrivals)
-            raise NodeMismatch(
-                f"{peer} joins as {hello.node!r}, which is not expected here (expected: {names})", hello.node, peer
-            )
+            raise NodeMismatch(f"{peer} joins as {ascii(node)}, but here only {names} may join", node, peer)
 
     def _receive(self) -> None:
         gate = self._gate
         while gate is not None:
             try:
-                channel, data = gate.accept()
+                channel, hello = gate.accept()
             except TransportError:
                 return
-            self._arrivals[Hello.decode(data, channel.peer).node].put(channel)
+            self._arrivals[hello_node(hello)].put(channel)
 
 
 def dial_master(plugins: Plugins, keyring: Keyring, address: Address, name: str, timeout: float) -> Channel:
     """The joining worker's side: an authenticated channel to the master's listening address."""
-    hello = Hello("worker", name).encode()
-    channel, answer = security.dial(plugins.transport(address.scheme), address, keyring.key(), hello, timeout)
-    return _checked(channel, answer, "master")
+    transport = plugins.transport(address.scheme)
+    return _checked(*security.dial(transport, address, keyring.key(), make_hello(name), timeout))
 
 
 def open_gate(plugins: Plugins, keyring: Keyring, address: Address, name: str) -> security.Gate:
     """A worker's door. Raises ConfigError when the address cannot be had."""
-    hello = Hello("worker", name).encode()
-    return security.listen(plugins.transport(address.scheme), address, keyring.key(), hello)
+    return security.listen(plugins.transport(address.scheme), address, keyring.key(), make_hello(name), check_hello)
 
 
-def _checked(channel: Channel, data: bytes, role: str) -> Channel:
+def _checked(channel: Channel, hello: bytes) -> Channel:
     try:
-        hello = Hello.decode(data, channel.peer)
-        if hello.role != role:
-            raise NodeMismatch(f"{channel.peer} is a {hello.role}, not a {role}; check the address", hello.node, channel.peer)
+        check_hello(hello, channel.peer)
     except CakeError:
         channel.abort()
         raise
