@@ -91,7 +91,7 @@ class Connector:
         node = hello_node(hello)
         if node not in self._arrivals:
             names = ", ".join(self._arrivals)
-            raise NodeMismatch(f"{peer} joins as {ascii(node)}, but here only {names} may join", node, peer)
+            raise NodeMismatch(f"{peer} joins as {node!a}, but here only {names} may join", node, peer)
 
     def _receive(self) -> None:
         gate = self._gate
