@@ -25,9 +25,9 @@ def resolve(reference: str) -> Checkpoint | None:
 
         return default_model()
     if reference in (TOY, TOY_IMAGE):
-        from cake_core.testing.toys import toy_checkpoint
+        from cake_core.testing.toys import toy_checkpoint, toy_image_checkpoint
 
-        return toy_checkpoint(reference)
+        return toy_checkpoint() if reference == TOY else toy_image_checkpoint()
     path = Path(os.path.expandvars(reference)).expanduser()
     if path.exists():
         return open_path(path)

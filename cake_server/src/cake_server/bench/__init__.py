@@ -1,0 +1,1 @@
+"""`cake bench serve`: a load generator for any OpenAI-compatible server."""

@@ -1,0 +1,1 @@
+"""What stands before the routes: who may call, how much, and a line in the log for each."""

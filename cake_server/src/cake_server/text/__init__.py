@@ -1,0 +1,1 @@
+"""Text between HTTP and the engine: request fields, prompts, and answers as they come."""
