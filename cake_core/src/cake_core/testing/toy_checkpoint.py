@@ -101,7 +101,7 @@ def write_safetensors(file: Path, tensors: _Tensors) -> None:
 def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raises CheckpointError unless the checkpoint has every tensor of `expected` with its (dtype, shape)."""
     for name, (dtype, shape) in expected.items():
-        tensor = checkpoint.tensors.get(name)
+        tensor = checkpoint.headers.get(name)
         if tensor is None:
             raise CheckpointError(f"{checkpoint.path} lacks tensor {name}; write the toy again with write_toy_checkpoint")
         if (tensor.dtype, tensor.shape) != (dtype, shape):
