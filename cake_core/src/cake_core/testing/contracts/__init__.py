@@ -19,6 +19,7 @@ pytest.register_assert_rewrite(
     *(f"{__name__}.{name}" for name in ("image", "text", "text_rig", "text_sampling", "transport", "transport_endings"))
 )
 
+from cake_core.testing.contracts.text import TextBackendContract  # noqa: E402
 from cake_core.testing.contracts.transport import TransportContract  # noqa: E402
 
-__all__ = ["TransportContract"]
+__all__ = ["TextBackendContract", "TransportContract"]
