@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cake_core.model import LoadOptions
-from cake_core.testing.contracts import TextBackendContract
+from cake_core.testing.contracts import ImageBackendContract, TextBackendContract
 from cake_core.testing.toy_layers import START, load_embedding, load_head, load_mixer, load_norm
-from cake_core.testing.toys import ToyTextBackend, toy_checkpoint, write_toy_checkpoint
+from cake_core.testing.toys import ToyImageBackend, ToyTextBackend, toy_checkpoint, toy_image_checkpoint, write_toy_checkpoint
 
 
 class TestToy(TextBackendContract):
@@ -43,3 +43,15 @@ class TestRecurrentToy(TestToy):
     @pytest.fixture
     def options(self):
         return LoadOptions()
+
+
+class TestToyImage(ImageBackendContract):
+    seconds_to_cancel = 1.0
+
+    @pytest.fixture
+    def backend(self):
+        return ToyImageBackend()
+
+    @pytest.fixture
+    def checkpoint(self):
+        return toy_image_checkpoint()

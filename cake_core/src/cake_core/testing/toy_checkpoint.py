@@ -32,18 +32,14 @@ _LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyz,.")
 _Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 
 
-def toy_checkpoint() -> Checkpoint:
-    """The text toy that comes with the package, the same on every machine."""
-    return _packaged("toy")
+def toy_checkpoint(name: str = "toy") -> Checkpoint:
+    """The toy of this name that comes with the package, the same on every machine: `toy` (text) or `toy-image`."""
+    return SafetensorsCheckpoint(Path(__file__).parent / "data" / name, name)
 
 
 def toy_image_checkpoint() -> Checkpoint:
     """The image toy that comes with the package."""
-    return _packaged("toy-image")
-
-
-def _packaged(name: str) -> Checkpoint:
-    return SafetensorsCheckpoint(Path(__file__).parent / "data" / name, name)
+    return toy_checkpoint("toy-image")
 
 
 def write_toy_checkpoint(folder: Path, layers: int = 4, seed: int = 0, **config: Any) -> Checkpoint:

@@ -28,7 +28,7 @@ from cake_core.testing.contracts.text_rig import (
 from cake_core.testing.contracts.text_sampling import TextSampling
 from cake_core.testing.contracts.threads import PATIENCE
 
-_DESCRIBE = """
+DESCRIBE = """
 import importlib, pathlib, sys
 backend, checkpoint = (getattr(importlib.import_module(m), n) for m, n in (sys.argv[1:3], sys.argv[3:5]))
 from cake_core.model import LoadOptions
@@ -69,7 +69,7 @@ class TextBackendContract(TextSampling):
         arguments = [type(backend).__module__, type(backend).__qualname__, type(checkpoint).__module__]
         arguments += [type(checkpoint).__qualname__, str(checkpoint.path), ",".join(self.heavy)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-c", _DESCRIBE, *arguments]
+        command = [sys.executable, "-c", DESCRIBE, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
         assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
