@@ -24,12 +24,19 @@ _JOIN = 64 * 1024  # without sendmsg, messages up to this size are joined: one p
 
 
 class Stream(Protocol):
-    """Bytes in both directions: a wire, or TLS on one. A deadline is a moment of `time.monotonic()`, or None."""
+    """Bytes in both directions: a wire, or TLS on one.
+
+    A deadline is a moment of `time.monotonic()`, patience are seconds without any progress; None waits for ever.
+    """
+
+    @property
+    def written(self) -> int:
+        """Bytes handed to the system so far: whether a writer gets on."""
 
     def read(self, into: memoryview, deadline: float | None) -> int:
         """Reads some bytes and says how many, 0 at the peer's end. ChannelClosed, DeadlineExceeded."""
 
-    def write(self, pieces: Sequence[memoryview], deadline: float | None) -> None:
+    def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
         """Writes all, in one call to the system if it takes them. ChannelClosed, DeadlineExceeded (then: in part)."""
 
     def finish(self) -> None:
@@ -69,6 +76,7 @@ class Wire:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
         self.peer = peer
+        self.written = 0
         self._sock = sock
         self._wake, self._waker = socket.socketpair()
         self._readable = Readiness(sock, self._wake)
@@ -101,15 +109,18 @@ class Wire:
         finally:
             self._leave()
 
-    def write(self, pieces: Sequence[memoryview], deadline: float | None) -> None:
+    def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
         self._enter()
         try:
             left = list(pieces)
             while left:
                 try:
-                    left = _behind(left, self._send(left))
+                    sent = self._send(left)
                 except BlockingIOError:
-                    self._wait(self._writable, deadline)
+                    self._wait(self._writable, None if patience is None else time.monotonic() + patience)
+                else:
+                    self.written += sent
+                    left = _behind(left, sent)
         except OSError as error:
             raise ChannelClosed(f"lost {self.peer}: {error.strerror or error}") from error
         finally:
