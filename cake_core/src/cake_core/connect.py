@@ -75,7 +75,8 @@ class Connector:
     def joined(self, name: str, timeout: float) -> Channel:
         """An authenticated channel to a worker that dials us. Raises NodeUnreachable when it has not."""
         try:
-            return self._arrivals[name].get(timeout=timeout)
+            # A short wait at a time: the caller tries again, and meanwhile knows why.
+            return self._arrivals[name].get(timeout=min(timeout, 0.5))
         except queue.Empty:
             raise NodeUnreachable(
                 f"{name} has not joined at {self.address} yet; start `cake worker --name {name} --join HOST:PORT` there", name

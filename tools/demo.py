@@ -1,0 +1,147 @@
+"""Cake in one minute: two workers and a master as processes of this machine answer a question, then paint an apple.
+
+Needs cake-core, cake-llama and cake-transport-tcp; with cake-sd and cake-emoji it paints as well. Everything it makes is in
+a temporary folder, and every process it starts is gone when it ends, also after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+CAKE = [sys.executable, "-m", "cake_core"]
+START_SECONDS = 120
+ALONE = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
+"""Ctrl-C reaches this process alone, which then ends the others in order."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Two workers and a master answer a question, then paint a picture.")
+    parser.add_argument("--model", default="", help="text model (default: the small one that `cake run` uses)")
+    parser.add_argument("--prompt", default="Why is the sky blue?")
+    parser.add_argument("--max-tokens", default="160")
+    parser.add_argument("--image-model", default="", help="image model (default: the embedded one, if installed)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    start = time.monotonic()
+    try:
+        with tempfile.TemporaryDirectory(prefix="cake-demo-") as folder:
+            os.environ["CAKE_CONFIG_DIR"] = folder
+            answer(Path(folder), options.model, options.prompt, options.max_tokens)
+            if options.image_model or all(importlib.util.find_spec(name) for name in ("cake_sd", "cake_emoji")):
+                paint(Path(folder), options.image_model)
+    except KeyboardInterrupt:
+        print("\ninterrupted; every process is ended")
+        return 130
+    except subprocess.CalledProcessError as error:
+        print(f"\n`cake {' '.join(error.cmd[len(CAKE) :][:1])}` failed with exit code {error.returncode}", file=sys.stderr)
+        return 1
+    print(f"\ndone in {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def answer(folder: Path, model: str, prompt: str, max_tokens: str) -> None:
+    """The layers in two halves on two workers, everything else on the master."""
+    named = ["--model", model] if model else []
+    plan = json.loads(
+        subprocess.check_output([*CAKE, "topology", "plan", "--json", *named], text=True, stderr=subprocess.DEVNULL)
+    )
+    blocks = [name for span in plan["spans"] for name in span["layers"] if name.startswith("model.layers.")]
+    half = (len(blocks) + 1) // 2
+    with workers(folder, {"left": blocks[:half], "right": blocks[half:]}, named) as topology:
+        print(f'\n$ cake run --topology topology.yml "{prompt}"\n', flush=True)
+        cake("run", *named, "--topology", str(topology), "--wait", str(START_SECONDS), "--max-tokens", max_tokens, prompt)
+
+
+def paint(folder: Path, model: str) -> None:
+    """The unet on one worker, text encoder and autoencoder on the other."""
+    named = ["--model-type", "image", *(["--model", model] if model else [])]
+    picture = folder / "apple.png"
+    with workers(folder, {"painter": ["unet"], "studio": ["clip", "vae"]}, named) as topology:
+        print('\n$ cake run --model-type image --topology topology.yml "a red apple" -o apple.png\n', flush=True)
+        more = ["--topology", str(topology), "--wait", str(START_SECONDS), "--seed", "1", "-o", str(picture)]
+        cake("run", *named, *more, "a red apple")
+
+
+@contextlib.contextmanager
+def workers(folder: Path, layers: Mapping[str, Sequence[str]], named: Sequence[str]) -> Iterator[Path]:
+    """Starts a worker for each name, and ends them all, whatever happens."""
+    addresses = dict(zip(layers, free_addresses(len(layers)), strict=True))
+    topology = folder / "topology.yml"
+    entries = {name: {"host": addresses[name], "layers": list(layers[name])} for name in layers}
+    topology.write_text(json.dumps(entries, indent=2))  # JSON is YAML
+    print(topology.read_text(), flush=True)
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for name, address in addresses.items():
+            arguments = ["worker", *named, "--topology", str(topology), "--name", name, "--address", address]
+            processes.append(start(name, arguments))
+        yield topology
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(10)
+    finally:
+        # A second Ctrl-C must not stop this half-way.
+        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        for process in processes:
+            process.kill()
+            process.wait()
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+
+def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """A process of Cake whose lines appear here under its name."""
+    command = [*CAKE, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **ALONE)  # type: ignore[call-overload]
+    threading.Thread(target=relay, args=(name, process), daemon=True).start()
+    return process  # type: ignore[no-any-return]
+
+
+def relay(name: str, process: subprocess.Popen[str]) -> None:
+    for line in process.stdout or ():
+        print(f"[{name}] {line}", end="", flush=True)
+
+
+def cake(*arguments: str) -> None:
+    """Runs the master in the foreground. Raises CalledProcessError when it fails."""
+    command = [*CAKE, *arguments]
+    process = subprocess.Popen(command, **ALONE)  # type: ignore[call-overload]
+    try:
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
+
+
+def free_addresses(count: int) -> list[str]:
+    """Loopback addresses whose ports are free now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    return addresses
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
