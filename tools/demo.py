@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,10 +21,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 CAKE = [sys.executable, "-m", "cake_core"]
 START_SECONDS = 120
-ALONE = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
+ALONE: Any = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
 """Ctrl-C reaches this process alone, which then ends the others in order."""
 
 
@@ -38,7 +40,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="cake-demo-") as folder:
-            os.environ["CAKE_CONFIG_DIR"] = folder
+            os.environ.update(CAKE_CONFIG_DIR=folder, CAKE_CLUSTER_KEY=secrets.token_hex(32))
             answer(Path(folder), options.model, options.prompt, options.max_tokens)
             if options.image_model or all(importlib.util.find_spec(name) for name in ("cake_sd", "cake_emoji")):
                 paint(Path(folder), options.image_model)
@@ -55,12 +57,11 @@ def main() -> int:
 def answer(folder: Path, model: str, prompt: str, max_tokens: str) -> None:
     """The layers in two halves on two workers, everything else on the master."""
     named = ["--model", model] if model else []
-    plan = json.loads(
-        subprocess.check_output([*CAKE, "topology", "plan", "--json", *named], text=True, stderr=subprocess.DEVNULL)
-    )
+    plan = json.loads(subprocess.check_output([*CAKE, "topology", "plan", "--json", *named], stderr=subprocess.DEVNULL))
     blocks = [name for span in plan["spans"] for name in span["layers"] if name.startswith("model.layers.")]
     half = (len(blocks) + 1) // 2
-    with workers(folder, {"left": blocks[:half], "right": blocks[half:]}, named) as topology:
+    layers = {"left": f"model.layers.0-{half - 1}", "right": f"model.layers.{half}-{len(blocks) - 1}"}
+    with workers(folder, layers, named) as topology:
         print(f'\n$ cake run --topology topology.yml "{prompt}"\n', flush=True)
         cake("run", *named, "--topology", str(topology), "--wait", str(START_SECONDS), "--max-tokens", max_tokens, prompt)
 
@@ -69,25 +70,26 @@ def paint(folder: Path, model: str) -> None:
     """The unet on one worker, text encoder and autoencoder on the other."""
     named = ["--model-type", "image", *(["--model", model] if model else [])]
     picture = folder / "apple.png"
-    with workers(folder, {"painter": ["unet"], "studio": ["clip", "vae"]}, named) as topology:
+    with workers(folder, {"painter": "unet", "studio": "clip, vae"}, named) as topology:
         print('\n$ cake run --model-type image --topology topology.yml "a red apple" -o apple.png\n', flush=True)
         more = ["--topology", str(topology), "--wait", str(START_SECONDS), "--seed", "1", "-o", str(picture)]
         cake("run", *named, *more, "a red apple")
 
 
 @contextlib.contextmanager
-def workers(folder: Path, layers: Mapping[str, Sequence[str]], named: Sequence[str]) -> Iterator[Path]:
+def workers(folder: Path, layers: Mapping[str, str], named: Sequence[str]) -> Iterator[Path]:
     """Starts a worker for each name, and ends them all, whatever happens."""
     addresses = dict(zip(layers, free_addresses(len(layers)), strict=True))
     topology = folder / "topology.yml"
-    entries = {name: {"host": addresses[name], "layers": list(layers[name])} for name in layers}
-    topology.write_text(json.dumps(entries, indent=2))  # JSON is YAML
-    print(topology.read_text(), flush=True)
-    processes: list[subprocess.Popen[str]] = []
+    nodes = [f"{name}:\n  host: '{addresses[name]}'\n  layers: [{layers[name]}]\n" for name in layers]
+    topology.write_text("".join(nodes))
+    print(f"topology.yml\n\n{topology.read_text()}", flush=True)
+    processes: list[Worker] = []
     try:
         for name, address in addresses.items():
             arguments = ["worker", *named, "--topology", str(topology), "--name", name, "--address", address]
             processes.append(start(name, arguments))
+        wait_until_listening(processes)
         yield topology
         for process in processes:
             process.terminate()
@@ -103,23 +105,41 @@ def workers(folder: Path, layers: Mapping[str, Sequence[str]], named: Sequence[s
             signal.signal(number, handler)
 
 
-def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(name: str, arguments: Sequence[str]) -> Worker:
     """A process of Cake whose lines appear here under its name."""
-    command = [*CAKE, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **ALONE)  # type: ignore[call-overload]
-    threading.Thread(target=relay, args=(name, process), daemon=True).start()
-    return process  # type: ignore[no-any-return]
+    worker = Worker([*CAKE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **ALONE)
+    threading.Thread(target=relay, args=(name, worker), daemon=True).start()
+    return worker
 
 
-def relay(name: str, process: subprocess.Popen[str]) -> None:
-    for line in process.stdout or ():
+class Worker(subprocess.Popen[str]):
+    """A worker process; `listening` is set when it says so, and when it ends."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.listening = threading.Event()
+        super().__init__(*arguments, **settings)
+
+
+def relay(name: str, worker: Worker) -> None:
+    for line in worker.stdout or ():
         print(f"[{name}] {line}", end="", flush=True)
+        if line.startswith("listening on"):
+            worker.listening.set()
+    worker.listening.set()
+
+
+def wait_until_listening(workers: Sequence[Worker]) -> None:
+    """Raises CalledProcessError when one ends instead, or takes too long."""
+    until = time.monotonic() + START_SECONDS
+    for worker in workers:
+        if not worker.listening.wait(max(0.0, until - time.monotonic())) or worker.poll() is not None:
+            raise subprocess.CalledProcessError(worker.poll() or 1, list(worker.args))
 
 
 def cake(*arguments: str) -> None:
     """Runs the master in the foreground. Raises CalledProcessError when it fails."""
     command = [*CAKE, *arguments]
-    process = subprocess.Popen(command, **ALONE)  # type: ignore[call-overload]
+    process = subprocess.Popen(command, **ALONE)
     try:
         code = process.wait()
     except BaseException:

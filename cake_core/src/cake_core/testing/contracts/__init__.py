@@ -16,7 +16,10 @@ import pytest
 
 # Before the modules are imported, so that a failing `assert` in them shows its values.
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("image", "image_rig", "text", "text_rig", "text_sampling", "transport", "transport_endings"))
+    *(
+        f"{__name__}.{name}"
+        for name in ("image", "image_rig", "text", "text_rig", "text_sampling", "transport", "transport_endings")
+    )
 )
 
 from cake_core.testing.contracts.image import ImageBackendContract  # noqa: E402
