@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeMismatch, TransportError
+from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeMismatch, ProtocolError, TransportError
 from cake_core.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
 from cake_core.keys import ClusterKey
 from cake_core.strangers import Complaints, Limits, Strangers
@@ -161,6 +161,11 @@ class Gate:
                 self._check(hello, channel.peer)
         except CakeError as error:
             self._refuse(channel, error)
+            return
+        except Exception as error:
+            # A bug in a check must not close the door for everybody else.
+            log.exception("%s: the check of %s failed", self.address, channel.peer)
+            self._refuse(channel, ProtocolError(f"{channel.peer}: internal error: {error}"))
             return
         with self._changed:
             if self._strangers.leave(channel) and not self._closed:

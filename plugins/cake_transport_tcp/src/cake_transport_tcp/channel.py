@@ -68,6 +68,8 @@ class TcpChannel(PollingChannel):
             raise
 
     def _receive(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
+        if self.fileno() < 0:  # what had arrived before the end is not worth having
+            raise ChannelClosed(f"the connection to {self.peer} was closed here")
         deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._inbox.next(allocate)) is None:
             if timeout is not None and self._inbox.in_body:

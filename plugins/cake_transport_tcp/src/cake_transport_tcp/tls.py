@@ -109,10 +109,7 @@ class TlsStream:
         self.handshake(None if patience is None else time.monotonic() + patience)
         with self._order:
             for chunk in _chunks(pieces):
-                with self._lock:
-                    self._tls.write(chunk)
-                    data = self._leaving.read()
-                self._wire.write([memoryview(data)], patience)
+                self._wire.write([memoryview(self._encrypt(chunk))], patience)
 
     def finish(self) -> None:
         if self._ready and self._order.acquire(blocking=False):
@@ -157,6 +154,14 @@ class TlsStream:
         with self._lock:
             self._arriving.write(self._raw[:count])
         return count
+
+    def _encrypt(self, chunk: bytes | memoryview) -> bytes:
+        with self._lock:
+            try:
+                self._tls.write(chunk)
+            except ssl.SSLError as error:  # one side has said that it is over
+                raise ChannelClosed(f"the connection to {self._wire.peer} was closed") from error
+            return self._leaving.read()
 
     def _decrypt(self, into: memoryview) -> int | None:
         """Fills `into` as far as what has arrived allows; None if not one byte, 0 at the peer's end."""

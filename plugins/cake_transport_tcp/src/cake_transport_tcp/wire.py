@@ -17,7 +17,7 @@ from typing import Protocol
 
 from cake_core.errors import ChannelClosed, DeadlineExceeded
 
-LINGER = 5.0
+LINGER = 2.0
 """Seconds for which a closed wire waits for the peer to have read everything."""
 _VECTORS = 64  # buffers per sendmsg: far below every system's IOV_MAX
 _JOIN = 64 * 1024  # without sendmsg, messages up to this size are joined: one packet instead of many
@@ -50,22 +50,30 @@ class Stream(Protocol):
 
 
 class Readiness:
-    """Waits until a socket can be read, or written, or `wake` says that it is over."""
+    """Waits until a socket can be read, or written, or `wake` says that it is over.
+
+    `left`: for a writer, the peer has ended its side, so nobody will read what is still to be written.
+    """
 
     def __init__(self, sock: socket.socket, wake: socket.socket, writing: bool = False) -> None:
         self._reads = [wake] if writing else [sock, wake]
         self._writes = [sock] if writing else []
+        self.left = False
         self._poll = None
+        # Linux says when the peer has left. Elsewhere a writer learns it when the peer has stopped lingering.
+        self._hangup = getattr(select, "POLLRDHUP", 0) if writing else 0
         if hasattr(select, "poll"):
             self._poll = select.poll()
             self._poll.register(wake, select.POLLIN)
-            self._poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+            self._poll.register(sock, (select.POLLOUT if writing else select.POLLIN) | self._hangup)
 
     def wait(self, deadline: float | None) -> bool:
         """Whether anything happened before the deadline."""
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self._poll is not None:
-            return bool(self._poll.poll(None if left is None else left * 1000))
+            events = self._poll.poll(None if left is None else left * 1000)
+            self.left = any(event & self._hangup for _, event in events)
+            return bool(events)
         readable, writable, _ = select.select(self._reads, self._writes, (), left)
         return bool(readable or writable)
 
@@ -114,13 +122,13 @@ class Wire:
         try:
             left = list(pieces)
             while left:
-                try:
-                    sent = self._send(left)
-                except BlockingIOError:
+                sent = self._send(left)
+                if not sent:
                     self._wait(self._writable, None if patience is None else time.monotonic() + patience)
-                else:
-                    self.written += sent
-                    left = _behind(left, sent)
+                    if self._writable.left:
+                        raise ChannelClosed(f"{self.peer} closed the connection")
+                self.written += sent
+                left = _behind(left, sent)
         except OSError as error:
             raise ChannelClosed(f"lost {self.peer}: {error.strerror or error}") from error
         finally:
@@ -133,11 +141,14 @@ class Wire:
         self._end(orderly=False)
 
     def _send(self, pieces: list[memoryview]) -> int:
-        if hasattr(self._sock, "sendmsg"):
-            return self._sock.sendmsg(pieces[:_VECTORS])
-        if len(pieces) > 1 and sum(piece.nbytes for piece in pieces) <= _JOIN:
-            return self._sock.send(b"".join(pieces))
-        return self._sock.send(pieces[0])
+        """Bytes the system took, 0 if none."""
+        with contextlib.suppress(BlockingIOError):
+            if hasattr(self._sock, "sendmsg"):
+                return self._sock.sendmsg(pieces[:_VECTORS])
+            if len(pieces) > 1 and sum(piece.nbytes for piece in pieces) <= _JOIN:
+                return self._sock.send(b"".join(pieces))
+            return self._sock.send(pieces[0])
+        return 0
 
     def _wait(self, readiness: Readiness, deadline: float | None) -> None:
         if not readiness.wait(deadline):
