@@ -133,7 +133,7 @@ def wait_until_listening(workers: Sequence[Worker]) -> None:
     until = time.monotonic() + START_SECONDS
     for worker in workers:
         if not worker.listening.wait(max(0.0, until - time.monotonic())) or worker.poll() is not None:
-            raise subprocess.CalledProcessError(worker.poll() or 1, list(worker.args))
+            raise subprocess.CalledProcessError(worker.poll() or 1, worker.args)
 
 
 def cake(*arguments: str) -> None:

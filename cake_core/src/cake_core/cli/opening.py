@@ -64,9 +64,11 @@ def loading(bars: Bars) -> Callable[[str, int, int], None]:
     return lambda layers, done, total: bars.update(", ".join(compress(tuple(layers.split(", ")))), done, total)
 
 
-def announce(info: ModelInfo, placement: Placement) -> None:
-    """The model and which node serves which layers, on stderr."""
+def announce(info: ModelInfo, placement: Placement, seconds: float | None = None) -> None:
+    """The model and which node serves which layers, on stderr; with how long that took, when it is there already."""
     total = sum(layer.nbytes for layer in info.layers)
     note(f"{info.name} ({info.architecture}, {info.dtype}): {plural(len(info.layers), 'layer')}, {human_bytes(total)}")
     rows = [(node, layers, human_bytes(nbytes)) for node, layers, nbytes in placement.table(info)]
     show_table(("node", "layers", "bytes"), rows, right=(2,), err=True)
+    if seconds is not None:
+        note(f"ready in {human_seconds(seconds)}")
