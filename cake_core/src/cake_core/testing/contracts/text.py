@@ -186,6 +186,8 @@ class TextBackendContract(TextSampling):
         chain = load(options=replace(options, kv_tokens=4 * block))
         (stage,) = chain.stages
         total = stage.memory().kv_tokens
+        if total == 0:
+            pytest.skip("the backend keeps no KV cache")
         assert total >= 4 * block
         assert stage.memory().kv_tokens_free == total
         tokens = self.some_tokens(info, 0, total + 1)
