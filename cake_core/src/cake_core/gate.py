@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeMismatch, ProtocolError, TransportError
+from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
 from cake_core.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
 from cake_core.keys import ClusterKey
 from cake_core.strangers import Complaints, Limits, Strangers
@@ -160,12 +160,12 @@ class Gate:
             if self._check is not None:
                 self._check(hello, channel.peer)
         except CakeError as error:
-            self._refuse(channel, error)
+            self._refuse(channel, error, proved=True)
             return
         except Exception as error:
             # A bug in a check must not close the door for everybody else.
             log.exception("%s: the check of %s failed", self.address, channel.peer)
-            self._refuse(channel, ProtocolError(f"{channel.peer}: internal error: {error}"))
+            self._refuse(channel, ProtocolError(f"{channel.peer}: internal error: {error}"), proved=True)
             return
         with self._changed:
             if self._strangers.leave(channel) and not self._closed:
@@ -174,10 +174,10 @@ class Gate:
                 return
         channel.abort()
 
-    def _refuse(self, channel: Channel, error: CakeError) -> None:
+    def _refuse(self, channel: Channel, error: CakeError, proved: bool = False) -> None:
         with self._changed:
             expected = not self._strangers.leave(channel) or self._closed
-        if isinstance(error, NodeMismatch):
+        if proved:
             channel.close()  # in order: our proof and hello still arrive, so the other end can say the same
         else:
             channel.abort()

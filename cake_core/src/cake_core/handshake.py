@@ -86,8 +86,6 @@ class Handshake:
             raise ProtocolError("its introduction has the wrong size")
         if mode != self._mode:
             raise AuthenticationError(_mode_differs(self._mode == _MODES[True]))
-        if nonce == self._nonce:
-            raise AuthenticationError("it sent our own words back")
         self.peer_hello = hello
         nonces = (self._nonce, nonce) if self._dials else (nonce, self._nonce)
         hellos = (self._hello, hello) if self._dials else (hello, self._hello)
