@@ -109,7 +109,9 @@ def _remote_node(
     spec: RunSpec, info: ModelInfo, placement: Placement, name: str, changed: Callable[[RemoteNode], None]
 ) -> RemoteNode:
     stages = tuple(span.layers for span in placement.spans if name in span.nodes)
-    tensors = spec.checkpoint.tensors
+    # A master whose components are all elsewhere may have a folder without weights, which has no tensors to ask for.
+    known = any(info.layer(layer).tensors for stage in stages for layer in stage)
+    tensors = spec.checkpoint.tensors if known else {}
     fingerprints = {}
     for layer in (layer for stage in stages for layer in stage):
         names = info.layer(layer).tensors
@@ -238,7 +240,9 @@ def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
                 local.append(component)
                 components[layer] = [component]
             else:
-                components[layer] = [RemoteComponent(nodes[name], layer, spec.rejoin) for name in span.nodes]
+                # With replicas it is the backend that goes on elsewhere, at once.
+                rejoin = spec.rejoin if len(span.nodes) == 1 else 0.0
+                components[layer] = [RemoteComponent(nodes[name], layer, rejoin) for name in span.nodes]
         model = backend.assemble(spec.checkpoint, info, components, spec.options)
     except BaseException:
         nodes.close()

@@ -27,15 +27,15 @@ class SdBackend:
         return isinstance(checkpoint, DiffusersCheckpoint)
 
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
-        process_options(options)
-        return layout.describe(_diffusers(checkpoint), options, self.name)
+        return layout.describe(_diffusers(checkpoint, process_options(options)), options, self.name)
 
     def load(
         self, checkpoint: Checkpoint, info: ModelInfo, layer: str, options: LoadOptions, progress: Progress | None = None
     ) -> TorchComponent:
         from cake_sd.loading import load_component
 
-        return load_component(_diffusers(checkpoint), info, layer, options, process_options(options), progress)
+        sd = process_options(options)
+        return load_component(_diffusers(checkpoint, sd), info, layer, options, sd, progress)
 
     def assemble(
         self,
@@ -46,11 +46,14 @@ class SdBackend:
     ) -> ImageModel:
         from cake_sd.painter import Painter
 
-        sd: SdOptions = process_options(options)
-        return Painter(_diffusers(checkpoint), info, components, sd)
+        sd = process_options(options)
+        return Painter(_diffusers(checkpoint, sd), info, components, sd)
 
 
-def _diffusers(checkpoint: Checkpoint) -> DiffusersCheckpoint:
+def _diffusers(checkpoint: Checkpoint, sd: SdOptions) -> DiffusersCheckpoint:
+    """The folder, with the files that `--sd-use-f16` wants where it has them."""
     if not isinstance(checkpoint, DiffusersCheckpoint):
         raise CheckpointError(f"{checkpoint.path} is no diffusers folder; it needs a model_index.json")
-    return checkpoint
+    if sd.use_f16 is None:
+        return checkpoint
+    return DiffusersCheckpoint(checkpoint.path, checkpoint.name, "fp16" if sd.use_f16 else "")

@@ -123,6 +123,10 @@ class Brush:
         while True:
             job.check()
             results = link.run("loop_next", job, {})
+            if "lost" in results:
+                # The worker came back without what it was told: the loop starts anew, from the same seeds.
+                link.run("loop_begin", job, arguments)
+                continue
             if (z := results.get("z")) is not None:
                 return z
             number, total, seconds = results["step"].tolist()
@@ -135,7 +139,7 @@ class Brush:
         self._last = step.clean
         self._tell(step.number, step.total, step.seconds)
         every = self._plan.preview_every
-        if every and (step.number - 1) % every == 0:
+        if every and step.number % every == 0:
             self._show(step.number, step.clean)
 
     def _tell(self, number: int, total: int, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from cake_core import hookimpl
+from cake_core.checkpoint import Checkpoint
 from cake_core.model import Backend
 
 
@@ -11,3 +12,10 @@ def cake_register_backends() -> Iterable[Backend]:
     from cake_sd.backend import SdBackend
 
     return (SdBackend(),)
+
+
+@hookimpl
+def cake_resolve_checkpoint(reference: str) -> Checkpoint | None:
+    from cake_sd.hub import resolve
+
+    return resolve(reference)

@@ -48,11 +48,11 @@ def component_class(checkpoint: Checkpoint, folder: str) -> tuple[str, str] | No
 
 
 def tensors_of(checkpoint: DiffusersCheckpoint, folder: str) -> dict[str, TensorInfo]:
-    """Tensors of one component on this machine; empty where its weights are elsewhere."""
-    if not checkpoint.component_files(folder):
+    """Tensors of one component by their headers, which a bundle has of all; empty in a folder without any weights."""
+    if not checkpoint.components:
         return {}
     prefix = f"{folder}/"
-    return {name: info for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
+    return {name: info for name, info in checkpoint.headers.items() if name.startswith(prefix)}
 
 
 def guess_dtype(options: LoadOptions) -> str:

@@ -74,6 +74,9 @@ class LocalLink:
         self.component.close(request)
 
 
+_CHANGING = frozenset((*SAMPLES, "x", "z", "hidden"))
+
+
 class RemoteLink:
     """A component elsewhere: tensors are packed, equal halves of a guided batch sent once, constants once a request."""
 
@@ -85,7 +88,7 @@ class RemoteLink:
         self._constants: dict[int, dict[int, Tensor]] = {}
 
     def run(self, method: str, job: Job, arguments: Arguments) -> Results:
-        packer = self._packers.setdefault((job.id, method), Packer(frozenset(SAMPLES) | {"x", "z", "hidden", "input_ids"}))
+        packer = self._packers.setdefault((job.id, method), Packer(_CHANGING))
         packed = packer.pack(halved(arguments) if method == "forward" else arguments)
         started = time.perf_counter()
         results = self.component.call(method, job.id, packed.tensors, packed.scalars, packed.constants)
@@ -144,7 +147,8 @@ class Replicas:
 
         Raises the last NodeError when none answered within the rejoin time, Cancelled when the job was meanwhile.
         """
-        deadline: float | None = None
+        until = time.monotonic() + self._rejoin
+        told = False
         while True:
             for index in self._order(lane):
                 job.check()
@@ -155,11 +159,11 @@ class Replicas:
                     raise
                 except NodeError as error:
                     self._lost[index] = time.monotonic()
-                    if deadline is None:
-                        deadline = time.monotonic() + self._rejoin
-                        log.warning("%s: %s; trying again for up to %.0f s", self.layer, error, self._rejoin)
-                    if time.monotonic() >= deadline:
+                    if time.monotonic() >= until:
                         raise
+                    if not told:
+                        log.warning("%s: %s; trying again for up to %.0f s", self.layer, error, self._rejoin)
+                    told = True
                 else:
                     self._lost.pop(index, None)
                     return result

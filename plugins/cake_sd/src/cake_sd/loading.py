@@ -113,7 +113,7 @@ def _size(checkpoint: DiffusersCheckpoint, info: ModelInfo, layer: str, sd: SdOp
     if path := sd.weights.get(layer):
         return path.stat().st_size
     described = next((item for item in info.layers if item.name == layer), None)
-    if described is None or not described.tensors:
+    if described is None or not checkpoint.component_files(FOLDERS[layer]):
         raise CheckpointError(
             f"{checkpoint.path / FOLDERS[layer]} has no weights on this machine; copy the folder here, or give the layer "
             f"{layer!r} to a node that has it"

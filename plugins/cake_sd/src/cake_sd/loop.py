@@ -64,7 +64,7 @@ class Loop:
 
     def _on_step(self, step: Step) -> None:
         result = {"step": torch.tensor([step.number, step.total, step.seconds], dtype=torch.float64)}
-        if self._every and (step.number - 1) % self._every == 0:
+        if self._every and step.number % self._every == 0:
             result["latents"] = step.clean
         with self._condition:
             self._steps.append(result)

@@ -153,7 +153,10 @@ def _about(component: Component) -> About:
         return component.about
     from cake_sd.wire import from_wire
 
-    return About.decode(from_wire(component.call("about", 0, {}, {}, {})["about"]))
+    try:
+        return About.decode(from_wire(component.call("about", 0, {}, {}, {})["about"]))
+    finally:
+        component.close(0)
 
 
 def _same_loras(abouts: Mapping[str, Sequence[About]], sd: SdOptions) -> None:
