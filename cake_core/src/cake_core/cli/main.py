@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "chat": "cake_core.cli.chat:chat",
     "doctor": "cake_core.cli.doctor:doctor",
+    "key": "cake_core.cli.key:key",
     "list": "cake_core.cli.models:list_models",
     "plugins": "cake_core.cli.plugins:plugins",
     "pull": "cake_core.cli.models:pull",

@@ -42,7 +42,7 @@ def paint(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, painting:
     """Opens the model, paints the images and writes them as PNG."""
     seed = job.chosen_seed()
     sink = Studio(Files(painting, seed))
-    request = painting.request(job.prompt, seed)
+    request = painting.request(job.prompt, seed, live=sink.shows_previews)
     sink.files.check()
     with opened_image(plugins, flags, checkpoint) as runtime:
         note(f"seed {seed}")
@@ -100,6 +100,7 @@ class Studio:
         self.files = files
         self._live = sys.stderr.isatty()
         self._terminal = picture.detect(os.environ, self._live)
+        self.shows_previews = self._terminal != "none"
         self._columns = min(64, shutil.get_terminal_size().columns - 1)
         self._line = 0
         self._height = 0
@@ -130,7 +131,7 @@ class Studio:
         if path is not None:
             self.clear()
             self.files.write(path, event.png)
-        if self._terminal != "none":
+        if self.shows_previews:
             width, height, rgb = png.decode(event.png)
             self.clear()
             # Half blocks, whatever the terminal can do: only they can be drawn over.
