@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ from typing import Any
 
 CAKE = [sys.executable, "-m", "cake_core"]
 START_SECONDS = 120
+SAMPLING = ("--temperature", "0.2", "--top-p", "0.9", "--seed", "1")
+"""What the authors of the small model recommend."""
 ALONE: Any = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x200}
 """Ctrl-C reaches this process alone, which then ends the others in order."""
 
@@ -62,8 +65,7 @@ def answer(folder: Path, model: str, prompt: str, max_tokens: str) -> None:
     half = (len(blocks) + 1) // 2
     layers = {"left": f"model.layers.0-{half - 1}", "right": f"model.layers.{half}-{len(blocks) - 1}"}
     with workers(folder, layers, named) as topology:
-        print(f'\n$ cake run --topology topology.yml "{prompt}"\n', flush=True)
-        cake("run", *named, "--topology", str(topology), "--wait", str(START_SECONDS), "--max-tokens", max_tokens, prompt)
+        cake("run", *named, "--topology", str(topology), *SAMPLING, "--max-tokens", max_tokens, prompt)
 
 
 def paint(folder: Path, model: str) -> None:
@@ -71,9 +73,7 @@ def paint(folder: Path, model: str) -> None:
     named = ["--model-type", "image", *(["--model", model] if model else [])]
     picture = folder / "apple.png"
     with workers(folder, {"painter": "unet", "studio": "clip, vae"}, named) as topology:
-        print('\n$ cake run --model-type image --topology topology.yml "a red apple" -o apple.png\n', flush=True)
-        more = ["--topology", str(topology), "--wait", str(START_SECONDS), "--seed", "1", "-o", str(picture)]
-        cake("run", *named, *more, "a red apple")
+        cake("run", *named, "--topology", str(topology), "--seed", "1", "-o", str(picture), "a red apple")
 
 
 @contextlib.contextmanager
@@ -138,6 +138,8 @@ def wait_until_listening(workers: Sequence[Worker]) -> None:
 
 def cake(*arguments: str) -> None:
     """Runs the master in the foreground. Raises CalledProcessError when it fails."""
+    shown = [Path(text).name if os.path.isabs(text) else text for text in arguments]
+    print(f"\n$ {shlex.join(['cake', *shown])}\n", flush=True)
     command = [*CAKE, *arguments]
     process = subprocess.Popen(command, **ALONE)
     try:
