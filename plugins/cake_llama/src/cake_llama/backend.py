@@ -79,7 +79,7 @@ class LlamaBackend:
 
 
 def _layer(checkpoint: Checkpoint, config: ModelConfig, name: str, tensors: list[str], item: int) -> Layer:
-    infos = [checkpoint.tensors[tensor] for tensor in tensors]
+    infos = [checkpoint.headers[tensor] for tensor in tensors]
     parameters = sum(_count(info.shape) for info in infos) or _expected_parameters(config, name)
     block = name.startswith("model.layers.")
     return Layer(

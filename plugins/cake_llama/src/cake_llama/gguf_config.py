@@ -69,10 +69,16 @@ class _Reader:
             "attention_bias": "blk.0.attn_q.bias" in self.headers,
             "mlp_bias": "blk.0.ffn_up.bias" in self.headers,
             "hidden_act": "silu",
+            "dtype": self.dtype(),
             "tie_word_embeddings": "output.weight" not in self.headers,
             "bos_token_id": self.checkpoint.config.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.checkpoint.config.get("tokenizer.ggml.eos_token_id"),
         }
+
+    def dtype(self) -> str:
+        """The width that loses nothing of note: scales of quantised blocks are f16."""
+        types = {tensor.dtype for tensor in self.headers.values()}
+        return "bfloat16" if "BF16" in types else "float32" if types == {"F32"} else "float16"
 
     def rope_scaling(self) -> dict[str, Any] | None:
         """Linear and YaRN by their metadata; Llama 3 and longrope by the factors that the file holds as tensors.

@@ -34,6 +34,6 @@ def hf_names(checkpoint: Checkpoint) -> Mapping[str, str]:
         from cake_llama.gguf_names import hf_name
 
         architecture = str(checkpoint.config.get("general.architecture"))
-        named = ((hf_name(name, architecture), name) for name in checkpoint.tensors)
+        named = ((hf_name(name, architecture), name) for name in checkpoint.headers)
         return {hf: name for hf, name in named if hf is not None}
-    return {name: name for name in checkpoint.tensors}
+    return {name: name for name in checkpoint.headers}
