@@ -10,7 +10,8 @@ from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.diffusers import MODEL_INDEX, DiffusersCheckpoint
 from cake_core.formats.gguf import GgufCheckpoint, part_number
 
-TOYS = ("toy", "toy-image")
+TOY = "toy"
+TOY_IMAGE = "toy-image"
 
 
 def resolve(reference: str) -> Checkpoint | None:
@@ -23,10 +24,10 @@ def resolve(reference: str) -> Checkpoint | None:
         from cake_core.models import default_model
 
         return default_model()
-    if reference in TOYS:
-        from cake_core.testing.toys import toy_checkpoint
+    if reference in (TOY, TOY_IMAGE):
+        from cake_core.testing.toys import toy_checkpoint, toy_image_checkpoint
 
-        return toy_checkpoint(reference)
+        return toy_checkpoint() if reference == TOY else toy_image_checkpoint()
     path = Path(os.path.expandvars(reference)).expanduser()
     if path.exists():
         return open_path(path)

@@ -12,6 +12,7 @@ from litestar.types import ASGIApp
 
 from cake_server.edge.app import Edge
 from cake_server.errors import ApiError, error_body, to_api_error
+from cake_server.openapi import openapi_config
 from cake_server.routes import ROUTES
 from cake_server.service import Service
 
@@ -22,7 +23,7 @@ def create_app(service: Service) -> ASGIApp:
         route_handlers=list(ROUTES),
         dependencies={"service": Provide(lambda: service, sync_to_thread=False)},
         exception_handlers={HTTPException: _http_error, Exception: _any_error},
-        openapi_config=None,
+        openapi_config=openapi_config(),
         logging_config=None,
         request_max_body_size=None,  # the edge counts, for every path
         state=State({"service": service}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cake_core.errors import ConfigError
@@ -51,7 +50,6 @@ class Settings:
     max_pixels: int = 2048 * 2048
     max_steps: int = 500
     log_json: bool = False
-    image_defaults: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if any(not key.strip() for key in self.api_keys):

@@ -22,10 +22,10 @@ class LiveServer:
         self.service = Service(settings or Settings(), name)
         if runtime is not None:
             self.service.ready(runtime)
+        self._server = make_server(self.service)
         listener = bind(Address.parse("127.0.0.1:0"))
         self.port: int = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = make_server(self.service)
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve([listener])), name="live-server", daemon=True
         )

@@ -68,10 +68,11 @@ class Exchange:
         record_of(self.request.scope).facts.update(self.facts())
         self.service.release(self.key)
 
-    async def whole(self, work: Coroutine[Any, Any, Any]) -> Response[Any]:
-        """One JSON answer. The job ends with the client's patience: leaving cancels it."""
+    async def whole(self, work: Coroutine[Any, Any, Any], media_type: str | None = None) -> Response[Any]:
+        """One answer, JSON unless said otherwise. The job ends with the client's patience: leaving cancels it."""
         try:
-            return Response(await sse.watched(self.request, self.job, work), status_code=200)
+            content = await sse.watched(self.request, self.job, work)
+            return Response(content, status_code=200, media_type=media_type)
         finally:
             self.release()
 

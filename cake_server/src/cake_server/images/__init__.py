@@ -1,0 +1,1 @@
+"""Images between HTTP and the engine."""

@@ -1,1 +1,0 @@
-"""A Cake model plugin: a recurrent toy in plain Python."""

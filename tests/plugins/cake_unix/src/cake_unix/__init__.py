@@ -1,1 +1,0 @@
-"""A Cake transport plugin: messages over Unix domain sockets."""
