@@ -144,7 +144,9 @@ def test_contiguous_layers_are_one_round_trip_a_token(cluster_of: MakeCluster) -
 
 
 def test_preemption_gives_the_same_text(plugins: Plugins, checkpoint: Checkpoint) -> None:
-    runtime = open_text(plugins, RunSpec(checkpoint, Topology(), LoadOptions(kv_tokens=256), limits=Limits(chunk=32)))
+    runtime = open_text(
+        plugins, RunSpec(checkpoint, Topology(), LoadOptions(kv_tokens=256), limits=Limits(chunk=32, prefixes=0))
+    )
     requests = [TextRequest(prompt_of(40, i), SamplingParams(seed=i), max_tokens=60, ignore_eos=True) for i in range(6)]
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda request: ids(runtime, request), requests))
@@ -164,6 +166,57 @@ def test_what_cannot_fit_is_refused_with_numbers(plugins: Plugins, checkpoint: C
     with pytest.raises(CapacityError, match="kv-tokens"):
         ids(runtime, TextRequest(prompt_of(40), max_tokens=200, ignore_eos=True))
     assert len(ids(runtime, TextRequest(prompt_of(20), max_tokens=5, ignore_eos=True))) == 5
+    runtime.close()
+
+
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[3]], ids=["local", "three"])
+def test_a_shared_prefix_is_forwarded_once(cut: Cut, checkpoint: Checkpoint, cluster_of: MakeCluster) -> None:
+    runtime = cluster_of(cut).open_text()
+    first = TextRequest(prompt_of(200), SamplingParams(temperature=0.0), max_tokens=10, ignore_eos=True)
+    answer = ids(runtime, first)
+    # The next turn of a conversation: everything so far, and a little more.
+    longer = (*first.prompt, *answer, 5, 6, 7)
+    before = runtime.engine.stats().positions
+    second = TextRequest(longer, SamplingParams(seed=4), max_tokens=10, ignore_eos=True)
+    events = list(runtime.engine.generate(second))
+    assert [e.token for e in events if isinstance(e, TokenEvent)] == plain_loop(checkpoint, longer, second.sampling, 10)
+    assert runtime.engine.stats().positions - before == len(longer) - 209 + 10 - 1
+    usage = events[-1].usage  # type: ignore[union-attr]
+    assert usage is not None
+    assert usage.cached_tokens == 209
+
+
+def test_a_running_request_lends_its_prefix(plugins: Plugins, checkpoint: Checkpoint) -> None:
+    slow = LoadOptions(extra={"seconds_per_batch": 0.01})
+    runtime = open_text(plugins, RunSpec(checkpoint, Topology(), slow))
+    stream = runtime.engine.generate(TextRequest(prompt_of(100), SamplingParams(seed=1), max_tokens=500, ignore_eos=True))
+    next(event for event in stream if isinstance(event, TokenEvent))
+    request = TextRequest((*prompt_of(90), 1, 2, 3), SamplingParams(temperature=0.0), max_tokens=8, ignore_eos=True)
+    events = list(runtime.engine.generate(request))
+    stream.close()
+    runtime.close()
+    assert [e.token for e in events if isinstance(e, TokenEvent)] == plain_loop(checkpoint, request.prompt, request.sampling, 8)
+    assert events[-1].usage.cached_tokens == 90  # type: ignore[union-attr]
+
+
+def test_a_backend_that_keeps_nothing_at_truncate_recomputes(plugins: Plugins, tmp_path: Path) -> None:
+    checkpoint = write_toy_checkpoint(tmp_path / "recurrent", recurrent=True)
+    runtime = open_text(plugins, RunSpec(checkpoint, Topology()))
+    for salt in (1, 2):
+        request = TextRequest((*prompt_of(60), salt), SamplingParams(seed=salt), max_tokens=8, ignore_eos=True)
+        assert ids(runtime, request) == plain_loop(checkpoint, request.prompt, request.sampling, 8)
+    runtime.close()
+
+
+def test_kept_prefixes_give_way(plugins: Plugins, checkpoint: Checkpoint) -> None:
+    runtime = open_text(plugins, RunSpec(checkpoint, Topology(), LoadOptions(kv_tokens=256)))
+    for salt in range(8):
+        request = TextRequest(prompt_of(100, salt), SamplingParams(seed=salt), max_tokens=20, ignore_eos=True)
+        assert ids(runtime, request) == plain_loop(checkpoint, request.prompt, request.sampling, 20)
+    stats = runtime.engine.stats()
+    assert stats.kv_tokens_used <= 256
+    assert stats.prefixes >= 1
+    assert stats.preemptions == 0
     runtime.close()
 
 

@@ -13,6 +13,7 @@ from cake_core.testing.toys import (
     ToyTextBackend,
     ToyTokenizer,
     toy_checkpoint,
+    toy_image_checkpoint,
     write_toy_checkpoint,
     write_toy_image_checkpoint,
 )
@@ -44,7 +45,7 @@ def generate(stage, prompt, count, session=1):
 def test_packaged_toys_are_what_the_writers_write(tmp_path):
     for packaged, written in (
         (toy_checkpoint(), write_toy_checkpoint(tmp_path / "text")),
-        (toy_checkpoint("toy-image"), write_toy_image_checkpoint(tmp_path / "image")),
+        (toy_image_checkpoint(), write_toy_image_checkpoint(tmp_path / "image")),
     ):
         assert packaged.fingerprint(packaged.tensors) == written.fingerprint(written.tensors)
         assert packaged.config == written.config
@@ -209,7 +210,7 @@ def test_want_of_a_row_that_samples_more_than_it_has_is_refused():
 
 
 def test_image_toy_refuses_what_it_cannot_do():
-    backend, checkpoint = ToyImageBackend(), toy_checkpoint("toy-image")
+    backend, checkpoint = ToyImageBackend(), toy_image_checkpoint()
     info = backend.describe(checkpoint, LoadOptions())
     with pytest.raises(ConfigError, match="no layer 'clip2'"):
         backend.load(checkpoint, info, "clip2", LoadOptions())

@@ -31,6 +31,10 @@ class TensorInfo:
     nbytes: int
 
 
+ABSENT = "absent.json"
+"""In a bundle: the tensors of the model that it does not hold, name -> [dtype, shape, bytes]."""
+
+
 class Checkpoint(ABC):
     """A model on this machine. Opening reads headers only."""
 
@@ -50,6 +54,13 @@ class Checkpoint(ABC):
     @abstractmethod
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, from headers."""
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorInfo]:
+        """`tensors`, and in a bundle of split-model those that were left out too (their `file` is the list in the bundle,
+        their bytes are elsewhere). `Backend.describe` reads these, so that a bundle is described as the whole model is."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / ABSENT
+        return {**_absent(path), **self.tensors} if path.is_file() else self.tensors
 
     def json(self, name: str) -> Mapping[str, Any] | None:
         """A JSON file beside the weights, None where there is none. Raises CheckpointError when it is not an object."""
@@ -100,6 +111,16 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; download it again")
     return value
+
+
+def _absent(path: Path) -> dict[str, TensorInfo]:
+    try:
+        return {
+            name: TensorInfo(name, dtype, tuple(shape), path, 0, nbytes)
+            for name, (dtype, shape, nbytes) in read_json(path).items()
+        }
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged; split the model again") from error
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -236,7 +236,7 @@ class RemoteNode:
         """The error with this node's name and address in it, as a NodeError."""
         if isinstance(error, NodeError):
             error.node, error.address = self.name, self.address
-            return error if self.name in str(error) else type(error)(f"{self.name}: {error}", self.name, self.address)
+            return error if str(error).startswith(self.name) else type(error)(f"{self.name}: {error}", self.name, self.address)
         if isinstance(error, AuthenticationError | ProtocolError):
             return error
         if isinstance(error, TransportError):

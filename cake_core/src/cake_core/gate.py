@@ -1,36 +1,27 @@
 """The listening end's door: takes every connection, hands over only those whose peer has proved to hold the cluster key.
 
 Strangers cost little: at most 64 connections without proof at once, 8 of one address, 5 seconds each; when there is no
-room the oldest goes. The transport's thread safety is all that is relied on, so this works over any transport.
+room the oldest goes. Over a `PollingListener` one thread carries them all, without ever waiting for one of them; over any
+other listener each gets a thread, and the limits bound those.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeMismatch
-from cake_core.handshake import authenticate_listener
+from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
+from cake_core.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
 from cake_core.keys import ClusterKey
-from cake_core.transport import Address, Channel, Listener
+from cake_core.strangers import Complaints, Limits, Strangers
+from cake_core.transport import Address, Channel, Listener, PollingChannel, PollingListener
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What connections without proof may take."""
-
-    slots: int = 64
-    slots_per_origin: int = 8
-    seconds: float = 5.0
-
 
 Check = Callable[[bytes, str], None]
 """`check(hello, peer)` looks at the hello of a peer that has proved itself, and raises a CakeError to turn it away."""
@@ -53,7 +44,7 @@ class Gate:
         self._hello = hello
         self._check = check
         self._limits = limits or Limits()
-        self._waiting: dict[Channel, str] = {}  # in order of arrival, with their origins
+        self._strangers = Strangers(self._limits)
         self._admitted: deque[tuple[Channel, bytes]] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -72,106 +63,123 @@ class Gate:
 
     def close(self) -> None:
         """Stops listening and ends every connection that `accept` has not returned. Idempotent."""
-        with self._changed:
-            self._closed = True
-            left = [*self._waiting, *(channel for channel, _ in self._admitted)]
-            self._waiting.clear()
-            self._admitted.clear()
-            self._changed.notify_all()
+        self._shut()
         self._listener.close()
-        for channel in left:
-            channel.abort()
         self._thread.join(self._limits.seconds)
 
-    def _serve(self) -> None:
-        with contextlib.suppress(ChannelClosed):
-            while True:
-                channel = self._listener.accept()
-                for evicted in self._enter(channel):
-                    evicted.abort()
-                threading.Thread(target=self._examine, args=(channel,), name="cake-gate-peer", daemon=True).start()
+    def _shut(self) -> None:
         with self._changed:
             self._closed = True
+            left = [*self._strangers, *(channel for channel, _ in self._admitted)]
+            self._admitted.clear()
             self._changed.notify_all()
+        for channel in left:
+            channel.abort()
 
-    def _enter(self, channel: Channel) -> list[Channel]:
-        """Gives a connection a slot; those that lose theirs."""
-        origin = origin_of(channel.peer)
-        with self._changed:
-            if self._closed:
-                return [channel]
-            same = [other for other, where in self._waiting.items() if where == origin]
-            evicted = same[: max(0, len(same) - self._limits.slots_per_origin + 1)]
-            if not evicted and len(self._waiting) >= self._limits.slots:
-                evicted = [next(iter(self._waiting))]
-            for other in evicted:
-                del self._waiting[other]
-            self._waiting[channel] = origin
-            return evicted
+    def _serve(self) -> None:
+        try:
+            with contextlib.suppress(ChannelClosed):
+                if isinstance(self._listener, PollingListener):
+                    self._serve_by_polling(self._listener)
+                else:
+                    self._serve_by_threads()
+        except Exception:
+            log.exception("%s does not accept connections any more", self.address)
+        self._shut()
+
+    # One thread for all
+
+    def _serve_by_polling(self, listener: PollingListener) -> None:
+        handshakes: dict[PollingChannel, Handshake] = {}
+        while True:
+            due = self._strangers.next_deadline()
+            new, ready = listener.poll(handshakes, None if due is None else max(0.0, due - time.monotonic()))
+            for channel in new:
+                for evicted in self._enter(channel):
+                    handshakes = {other: state for other, state in handshakes.items() if other is not evicted}
+                handshakes[channel] = Handshake(
+                    "listener", self._key, self._our_hello(), channel.binding, secrets.token_bytes(NONCE)
+                )
+            for channel in (*ready, *new):
+                if channel in handshakes and self._advance(channel, handshakes[channel]):
+                    del handshakes[channel]
+            for late in self._strangers.overdue(time.monotonic()):
+                self._refuse(late, DeadlineExceeded(f"{late.peer} did not prove itself in {self._limits.seconds:g} s"))
+                handshakes = {other: state for other, state in handshakes.items() if other is not late}
+
+    def _advance(self, channel: PollingChannel, handshake: Handshake) -> bool:
+        """Takes what has arrived on a channel; whether that settled it."""
+        try:
+            check_encryption(channel, self._key)
+            while not handshake.done:
+                message = channel.try_receive(refuse_body)
+                if message is None:
+                    return False
+                for frame in handshake.receive(message[0]):
+                    channel.send(frame, (), 0.0)
+        except TransportError as error:
+            self._refuse(channel, explain(error, channel, handshake, self._limits.seconds))
+        else:
+            self._settle(channel, handshake.peer_hello)
+        return True
+
+    # A thread for each
+
+    def _serve_by_threads(self) -> None:
+        while True:
+            channel = self._listener.accept()
+            self._enter(channel)
+            threading.Thread(target=self._examine, args=(channel,), name="cake-gate-peer", daemon=True).start()
 
     def _examine(self, channel: Channel) -> None:
-        hello = self._hello if isinstance(self._hello, bytes) else self._hello()
         try:
-            answer = authenticate_listener(channel, self._key, hello, self._limits.seconds)
-            if self._check is not None:
-                self._check(answer, channel.peer)
-        except CakeError as error:
+            answer = authenticate_listener(channel, self._key, self._our_hello(), self._limits.seconds)
+        except TransportError as error:
             self._refuse(channel, error)
         else:
-            self._admit(channel, answer)
+            self._settle(channel, answer)
 
-    def _refuse(self, channel: Channel, error: CakeError) -> None:
-        with self._changed:
-            evicted = self._waiting.pop(channel, None) is None
-        if isinstance(error, NodeMismatch):
-            channel.close()  # in order: our proof and hello still arrive, so the other end can say the same
-        else:
-            channel.abort()
-        if not evicted:
-            self._complaints.say(f"refused a connection to {self.address}: {error}")
+    # Both
 
-    def _admit(self, channel: Channel, hello: bytes) -> None:
+    def _our_hello(self) -> bytes:
+        return self._hello if isinstance(self._hello, bytes) else self._hello()
+
+    def _enter(self, channel: Channel) -> list[Channel]:
+        """Gives a connection a slot; those that lost theirs, aborted."""
         with self._changed:
-            if self._waiting.pop(channel, None) is not None and not self._closed:
+            evicted = self._strangers.enter(channel, time.monotonic())
+            closed = self._closed
+        for other in [*evicted, channel] if closed else evicted:
+            other.abort()
+        for other in evicted:
+            self._complaints.say(f"{self.address}: too many connections without proof; dropped {other.peer}")
+        return evicted
+
+    def _settle(self, channel: Channel, hello: bytes) -> None:
+        try:
+            if self._check is not None:
+                self._check(hello, channel.peer)
+        except CakeError as error:
+            self._refuse(channel, error, proved=True)
+            return
+        except Exception as error:
+            # A bug in a check must not close the door for everybody else.
+            log.exception("%s: the check of %s failed", self.address, channel.peer)
+            self._refuse(channel, ProtocolError(f"{channel.peer}: internal error: {error}"), proved=True)
+            return
+        with self._changed:
+            if self._strangers.leave(channel) and not self._closed:
                 self._admitted.append((channel, hello))
                 self._changed.notify()
                 return
         channel.abort()
 
-
-class Complaints:
-    """Logs warnings, a few a minute: a flood of strangers must not become a flood of lines."""
-
-    def __init__(self, most: int = 10, seconds: float = 60.0) -> None:
-        self._most = most
-        self._seconds = seconds
-        self._since = -seconds
-        self._said = 0
-        self._kept = 0
-        self._lock = threading.Lock()
-
-    def say(self, text: str, now: float | None = None) -> None:
-        now = time.monotonic() if now is None else now
-        with self._lock:
-            if now - self._since >= self._seconds:
-                self._since, self._said = now, 0
-            if self._said >= self._most:
-                self._kept += 1
-                return
-            self._said += 1
-            more, self._kept = self._kept, 0
-        log.warning("%s%s", text, f" ({more} more like this were not logged)" if more else "")
-
-
-def origin_of(peer: str) -> str:
-    """Whom a connection counts for: an IPv4 address, an IPv6 network (one owner has a whole /64), else the peer's text."""
-    host = peer.rpartition(":")[0].strip("[]") or peer
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+    def _refuse(self, channel: Channel, error: CakeError, proved: bool = False) -> None:
+        with self._changed:
+            expected = not self._strangers.leave(channel) or self._closed
+        if proved:
+            channel.close()  # in order: our proof and hello still arrive, so the other end can say the same
+        else:
+            channel.abort()
+        if not expected:
+            self._complaints.say(f"refused a connection to {self.address}: {error}")

@@ -25,7 +25,7 @@ import secrets
 import time
 from typing import Literal, NoReturn
 
-from cake_core.errors import AuthenticationError, ChannelClosed, DeadlineExceeded, ProtocolError
+from cake_core.errors import AuthenticationError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
 from cake_core.keys import ClusterKey
 from cake_core.transport import Channel
 
@@ -86,8 +86,6 @@ class Handshake:
             raise ProtocolError("its introduction has the wrong size")
         if mode != self._mode:
             raise AuthenticationError(_mode_differs(self._mode == _MODES[True]))
-        if nonce == self._nonce:
-            raise AuthenticationError("it sent our own words back")
         self.peer_hello = hello
         nonces = (self._nonce, nonce) if self._dials else (nonce, self._nonce)
         hellos = (self._hello, hello) if self._dials else (hello, self._hello)
@@ -146,15 +144,9 @@ def run(channel: Channel, handshake: Handshake, key: ClusterKey | None, timeout:
             received, _ = channel.receive(refuse_body, max(0.0, deadline - time.monotonic()))
             for frame in handshake.receive(received):
                 channel.send(frame, (), max(0.0, deadline - time.monotonic()))
-    except ChannelClosed as error:
+    except TransportError as error:
         channel.abort()
-        raise _closed(channel, handshake) from error
-    except DeadlineExceeded as error:
-        channel.abort()
-        raise DeadlineExceeded(f"{channel.peer} did not finish the handshake in {timeout:g} s") from error
-    except (AuthenticationError, ProtocolError) as error:
-        channel.abort()
-        raise type(error)(_named(channel, error)) from error
+        raise explain(error, channel, handshake, timeout) from error
     except BaseException:
         channel.abort()
         raise
@@ -172,21 +164,22 @@ def refuse_body(header: bytes, length: int) -> NoReturn:  # noqa: ARG001 - the s
     raise ProtocolError("it sent data before it proved that it holds the cluster key")
 
 
-def _closed(channel: Channel, handshake: Handshake) -> ChannelClosed | AuthenticationError:
-    if handshake.proved and not handshake.done:
-        return AuthenticationError(
-            f"{channel.peer} did not accept our cluster key: it holds another one; "
-            "run `cake key show` here and `cake key join` there"
+def explain(error: TransportError, channel: Channel, handshake: Handshake, timeout: float) -> TransportError:
+    """An error met while a handshake ran, naming the peer and what to do."""
+    if isinstance(error, ChannelClosed):
+        if handshake.proved and not handshake.done:
+            return AuthenticationError(
+                f"{channel.peer} did not accept our cluster key: it holds another one; "
+                "run `cake key show` here and `cake key join` there"
+            )
+        return ChannelClosed(
+            f"{channel.peer} closed the connection during the handshake; its log says why (if only one of the two "
+            "was started with --insecure, start both alike)"
         )
-    return ChannelClosed(
-        f"{channel.peer} closed the connection during the handshake; its log says why (if only one of the two "
-        "was started with --insecure, start both alike)"
-    )
-
-
-def _named(channel: Channel, error: Exception) -> str:
+    if isinstance(error, DeadlineExceeded):
+        return DeadlineExceeded(f"{channel.peer} did not finish the handshake in {timeout:g} s")
     text = str(error)
-    return text if channel.peer in text else f"{channel.peer}: {text}"
+    return type(error)(text if channel.peer in text else f"{channel.peer}: {text}")
 
 
 def _mode_differs(secure: bool) -> str:

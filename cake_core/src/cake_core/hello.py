@@ -18,9 +18,20 @@ from cake_core.protocol import PROTOCOL_VERSION
 
 
 @functools.cache
-def make_hello() -> bytes:
-    """Ours. `process` is random: a restarted process is another one."""
-    return cbor2.dumps({"protocol": PROTOCOL_VERSION, "cake": __version__, "process": secrets.token_bytes(16)})
+def make_hello(node: str = "") -> bytes:
+    """Ours, with the name that a worker has in the topology. `process` is random: a restarted process is another one."""
+    said = {"protocol": PROTOCOL_VERSION, "cake": __version__, "process": _process()}
+    return cbor2.dumps({**said, "node": node} if node else said)
+
+
+@functools.cache
+def _process() -> bytes:
+    return secrets.token_bytes(16)
+
+
+def hello_node(hello: bytes) -> str:
+    """The name a worker gave itself, "" for a peer that gave none. To be called after `check_hello`."""
+    return str(load_map(hello).get("node", ""))
 
 
 def check_hello(hello: bytes, peer: str) -> None:

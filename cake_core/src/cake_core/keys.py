@@ -120,7 +120,7 @@ def read_key(path: Path) -> ClusterKey | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the cluster key {path}: {error}") from error
+        raise ConfigError(f"cannot read the cluster key {path}: {error}; mend it, or set {VARIABLE}") from error
     if sys.platform != "win32" and mode & 0o077:
         log.warning("other users of this machine may read the cluster key: run `chmod 600 %s`", path)
     return parse_key(text, str(path))

@@ -480,7 +480,10 @@ class Backend(Protocol):
         """Whether this backend serves the checkpoint's architecture; reads its config only."""
 
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
-        """Reads config and tensor headers. Raises CheckpointError or UnsupportedModel, naming what is wrong."""
+        """Reads config and `checkpoint.headers`, so that a bundle of split-model is described as the whole model is.
+
+        Raises CheckpointError or UnsupportedModel, naming what is wrong.
+        """
 
 
 @runtime_checkable

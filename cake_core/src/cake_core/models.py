@@ -213,7 +213,7 @@ def _size(files: Iterable[Path]) -> int:
 
 def _repository_size(folder: Path) -> int:
     """Blobs, and the files of snapshots that are no links to them (where the system has no links)."""
-    return _size(file for file in folder.rglob("*") if not (file.is_symlink() and file.parent.name != "blobs"))
+    return _size([*folder.glob("blobs/*"), *(file for file in folder.glob("snapshots/**/*") if not file.is_symlink())])
 
 
 def remove(reference: str) -> int:

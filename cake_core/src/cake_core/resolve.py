@@ -10,8 +10,7 @@ from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.diffusers import MODEL_INDEX, DiffusersCheckpoint
 from cake_core.formats.gguf import GgufCheckpoint, part_number
 
-TOY = "toy"
-TOY_IMAGE = "toy-image"
+TOYS = ("toy", "toy-image")
 
 
 def resolve(reference: str) -> Checkpoint | None:
@@ -24,10 +23,10 @@ def resolve(reference: str) -> Checkpoint | None:
         from cake_core.models import default_model
 
         return default_model()
-    if reference in (TOY, TOY_IMAGE):
-        from cake_core.testing.toys import toy_checkpoint, toy_image_checkpoint
+    if reference in TOYS:
+        from cake_core.testing.toys import toy_checkpoint
 
-        return toy_checkpoint() if reference == TOY else toy_image_checkpoint()
+        return toy_checkpoint(reference)
     path = Path(os.path.expandvars(reference)).expanduser()
     if path.exists():
         return open_path(path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import Expectation, NodeStatus, RemoteNode, describe_missing
+from cake_core.cluster import Dial, Expectation, NodeStatus, RemoteNode, describe_missing
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.pipeline import Pipeline
 from cake_core.engine.scheduler import Limits
@@ -35,7 +35,8 @@ class RunSpec:
     """What to open and how.
 
     Attributes:
-        dial: `dial(address, timeout)` gives an authenticated channel to a worker (cake_core.security).
+        dial: `dial(address, timeout)` gives an authenticated channel to a worker (cake_core.connect).
+        joined: `joined(name, timeout)` the same for a worker without a host, which dials the master.
         wait: seconds to wait for workers at the start. rejoin: seconds a running request waits for a lost worker.
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.
         limits: None for what fits the placement.
@@ -45,6 +46,7 @@ class RunSpec:
     topology: Topology
     options: LoadOptions = field(default_factory=LoadOptions)
     dial: Callable[[Address, float], Channel] | None = None
+    joined: Callable[[str, float], Channel] | None = None
     wait: float = 0.0
     rejoin: float = 30.0
     wire_dtype: str = ""
@@ -107,18 +109,26 @@ def _remote_node(
     spec: RunSpec, info: ModelInfo, placement: Placement, name: str, changed: Callable[[RemoteNode], None]
 ) -> RemoteNode:
     stages = tuple(span.layers for span in placement.spans if name in span.nodes)
-    tensors = spec.checkpoint.tensors
+    # A master whose components are all elsewhere may have a folder without weights, which has no tensors to ask for.
+    known = any(info.layer(layer).tensors for stage in stages for layer in stage)
+    tensors = spec.checkpoint.tensors if known else {}
     fingerprints = {}
     for layer in (layer for stage in stages for layer in stage):
         names = info.layer(layer).tensors
         if names and all(tensor in tensors for tensor in names):
             fingerprints[layer] = spec.checkpoint.fingerprint(names)[:32]
-    host = spec.topology.node(name).host
-    dial = spec.dial
-    if host is None or dial is None:
-        raise ConfigError(f"node {name!r} has no host in {spec.topology.source or 'the topology'}; add host: 'address:port'")
     expectation = Expectation(info.model_type, stages, info.identity, fingerprints)
-    return RemoteNode(name, str(host), lambda timeout: dial(host, timeout), expectation, changed, spec.timing)
+    host = spec.topology.node(name).host
+    return RemoteNode(name, str(host or "joining"), _dial(spec, name, host), expectation, changed, spec.timing)
+
+
+def _dial(spec: RunSpec, name: str, host: Address | None) -> Dial:
+    dial, joined = spec.dial, spec.joined
+    if host is not None and dial is not None:
+        return lambda timeout: dial(host, timeout)
+    if joined is None:
+        raise ConfigError(f"node {name!r} has no host in {spec.topology.source or 'the topology'}; add host: 'address:port'")
+    return lambda timeout: joined(name, timeout)
 
 
 @dataclass(slots=True)
@@ -230,7 +240,9 @@ def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
                 local.append(component)
                 components[layer] = [component]
             else:
-                components[layer] = [RemoteComponent(nodes[name], layer, spec.rejoin) for name in span.nodes]
+                # With replicas it is the backend that goes on elsewhere, at once.
+                rejoin = spec.rejoin if len(span.nodes) == 1 else 0.0
+                components[layer] = [RemoteComponent(nodes[name], layer, rejoin) for name in span.nodes]
         model = backend.assemble(spec.checkpoint, info, components, spec.options)
     except BaseException:
         nodes.close()

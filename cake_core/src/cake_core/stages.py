@@ -145,6 +145,7 @@ class RemoteComponent:
         self._rejoin = rejoin
         self._sent: dict[int, set[bytes]] = {}
         self._sent_over: Link | None = None
+        self._ids: dict[int, dict[int, tuple[Tensor, bytes]]] = {}
         self.seconds = 0.0
         """Time the worker computed for us, for the bench."""
 
@@ -157,7 +158,7 @@ class RemoteComponent:
         constants: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
         until = time.monotonic() + self._rejoin
-        ids = {name: content_id(tensor) for name, tensor in constants.items()}
+        ids = {name: self._id_of(request, tensor) for name, tensor in constants.items()}
         link = self._peer.link()
         while True:
             try:
@@ -201,11 +202,19 @@ class RemoteComponent:
         self.seconds += message.fields["seconds"]
         return message.tensors(body)
 
+    def _id_of(self, request: int, tensor: Tensor) -> bytes:
+        """The content id, worked out once for a tensor object: hashing megabytes at each step would cost milliseconds."""
+        known = self._ids.setdefault(request, {})
+        if id(tensor) not in known:
+            known[id(tensor)] = (tensor, content_id(tensor))
+        return known[id(tensor)][1]
+
     def _lost(self, link: Link, error: CakeError) -> CakeError:
         return error if link.up or isinstance(error, NodeLost) else NodeLost(f"{self.node}: {error}", self.node)
 
     def close(self, request: int) -> None:
         self._sent.pop(request, None)
+        self._ids.pop(request, None)
         try:
             self._peer.link().tell(Type.RELEASE, {"layer": self.name, "image": request})
         except NodeError:

@@ -7,7 +7,7 @@ key: authentication, requests, heartbeats, deadlines and credits are core's, onc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -96,7 +96,7 @@ class Channel(ABC):
 
         Raises:
             ChannelClosed: closed by either side; the message may have arrived in part, and nothing more can be sent.
-            DeadlineExceeded: not all could be handed over in `timeout` seconds; the channel is aborted.
+            DeadlineExceeded: for `timeout` seconds the peer took nothing; the channel is aborted.
             ProtocolError: header or body over the limit; nothing was sent.
         """
 
@@ -135,6 +135,34 @@ class Listener(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stops listening and wakes `accept`. Accepted channels live on. Idempotent."""
+
+
+class PollingChannel(Channel):
+    """A channel of a `PollingListener`."""
+
+    @abstractmethod
+    def try_receive(self, allocate: Allocate) -> tuple[bytes, memoryview] | None:
+        """The next message if it has arrived in whole, without waiting; None if not, and what has arrived is kept.
+
+        Raises what `receive` does, except DeadlineExceeded.
+        """
+
+
+class PollingListener(Listener):
+    """What a transport may offer beyond a listener, so that one thread carries all peers that have not proved themselves.
+
+    Without it, core gives each of them a thread, as few as the limits allow.
+    """
+
+    @abstractmethod
+    def poll(
+        self, watched: Collection[PollingChannel], timeout: float | None
+    ) -> tuple[Sequence[PollingChannel], Sequence[PollingChannel]]:
+        """Waits until someone connects or a watched channel has something to read or has ended: (new, ready).
+
+        `watched` are channels that came from this listener and have no other reader. Both lists are empty after `timeout`
+        seconds. Raises ChannelClosed after `close`, which wakes it.
+        """
 
 
 @runtime_checkable

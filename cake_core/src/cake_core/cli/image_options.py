@@ -28,7 +28,7 @@ _OPTIONS = (
     option(PAINTING, "--width", "--sd-width", type=int, metavar="N", help="Width, a multiple of 8."),
     option(PAINTING, "--height", "--sd-height", type=int, metavar="N", help="Height, a multiple of 8."),
     option(PAINTING, "--n", "--sd-num-samples", "images", type=int, default=1, metavar="N", help="Images, seeds counting up."),
-    option(PAINTING, "--sd-bsize", "batch", type=int, default=1, metavar="N", help="Multiplies --n, as in the seed."),
+    option(PAINTING, "--sd-bsize", "batch", type=int, default=1, metavar="N", help="Images denoised at once; multiplies --n."),
     option(PAINTING, "--preview-every", "--sd-intermediary-images", type=int, default=0, metavar="N", help="Keep these steps."),
     option(PAINTING, "--init-image", "--sd-img2img", type=_PATH, metavar="FILE", help="Image to start from."),
     option(PAINTING, "--mask", type=_PATH, metavar="FILE", help="White where --init-image is repainted."),
@@ -55,8 +55,8 @@ class ImageFlags:
     strength: float = 0.8
     tracing: bool = False
 
-    def request(self, prompt: str, seed: int) -> ImageRequest:
-        """Raises RequestError, naming the option, for values that cannot be."""
+    def request(self, prompt: str, seed: int, live: bool) -> ImageRequest:
+        """Raises RequestError, naming the option, for values that cannot be. `live` asks for cheap previews to look at."""
         from cake_core.requests import ImageRequest
 
         if self.batch < 1:
@@ -75,8 +75,20 @@ class ImageFlags:
             init_image=_read(self.init_image),
             mask=_read(self.mask),
             strength=self.strength,
-            preview_every=self.preview_every,
+            preview_every=self.preview_every or int(live),
+            extra=self._extra(live),
         )
+
+    def _extra(self, live: bool) -> dict[str, Any]:
+        """The backend's own switches, as far as they were given."""
+        extra: dict[str, Any] = {}
+        if self.batch > 1:
+            extra["batch"] = self.batch
+        if self.tracing:
+            extra["trace"] = True
+        if live and not self.preview_every:
+            extra["preview"] = "fast"
+        return extra
 
 
 def _read(path: Path | None) -> bytes | None:

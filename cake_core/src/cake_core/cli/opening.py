@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cake_core.model import ModelInfo
     from cake_core.placement import Placement
     from cake_core.plugins import Plugins
-    from cake_core.runtime import ImageRuntime, TextRuntime
+    from cake_core.runtime import ImageRuntime, RunSpec, TextRuntime
 
 
 def model_type_of(plugins: Plugins, checkpoint: Checkpoint, flags: ModelFlags) -> Literal["text", "image"]:
@@ -26,14 +26,12 @@ def model_type_of(plugins: Plugins, checkpoint: Checkpoint, flags: ModelFlags) -
 
 @contextlib.contextmanager
 def opened_text(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint) -> Iterator[TextRuntime]:
-    """Connects, loads, says what is where; closes at the end."""
+    """Says what goes where, connects, loads; closes at the end."""
     from cake_core.runtime import open_text
 
-    start = time.monotonic()
-    with Bars("loading") as bars:
-        runtime = open_text(plugins, flags.run_spec(plugins, checkpoint, loading(bars)))
+    with _opening(plugins, flags, checkpoint, "text") as spec:
+        runtime = open_text(plugins, spec)
     with contextlib.closing(runtime):
-        announce(runtime.info, runtime.placement, time.monotonic() - start)
         yield runtime
 
 
@@ -42,12 +40,23 @@ def opened_image(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint) ->
     """The same for an image model."""
     from cake_core.runtime import open_image
 
+    with _opening(plugins, flags, checkpoint, "image") as spec:
+        runtime = open_image(plugins, spec)
+    with contextlib.closing(runtime):
+        yield runtime
+
+
+@contextlib.contextmanager
+def _opening(
+    plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, kind: Literal["text", "image"]
+) -> Iterator[RunSpec]:  # fmt: skip
     start = time.monotonic()
     with Bars("loading") as bars:
-        runtime = open_image(plugins, flags.run_spec(plugins, checkpoint, loading(bars)))
-    with contextlib.closing(runtime):
-        announce(runtime.info, runtime.placement, time.monotonic() - start)
-        yield runtime
+        spec = flags.run_spec(plugins, checkpoint, loading(bars))
+        info = plugins.backend_for(checkpoint, kind).describe(checkpoint, spec.options)
+        announce(info, plugins.plan(info, spec.topology))
+        yield spec
+    note(f"ready in {human_seconds(time.monotonic() - start)}")
 
 
 def loading(bars: Bars) -> Callable[[str, int, int], None]:
@@ -55,12 +64,11 @@ def loading(bars: Bars) -> Callable[[str, int, int], None]:
     return lambda layers, done, total: bars.update(", ".join(compress(tuple(layers.split(", ")))), done, total)
 
 
-def announce(info: ModelInfo, placement: Placement, seconds: float) -> None:
-    """The model and which node serves which layers, on stderr."""
+def announce(info: ModelInfo, placement: Placement, seconds: float | None = None) -> None:
+    """The model and which node serves which layers, on stderr; with how long that took, when it is there already."""
     total = sum(layer.nbytes for layer in info.layers)
-    note(
-        f"{info.name} ({info.architecture}, {info.dtype}): {plural(len(info.layers), 'layer')}, {human_bytes(total)}, "
-        f"ready in {human_seconds(seconds)}"
-    )
+    note(f"{info.name} ({info.architecture}, {info.dtype}): {plural(len(info.layers), 'layer')}, {human_bytes(total)}")
     rows = [(node, layers, human_bytes(nbytes)) for node, layers, nbytes in placement.table(info)]
     show_table(("node", "layers", "bytes"), rows, right=(2,), err=True)
+    if seconds is not None:
+        note(f"ready in {human_seconds(seconds)}")

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cake_core.cli.console import note
 from cake_core.cli.sections import F, option
 from cake_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
+    from cake_core.connect import Connector, Keyring
+    from cake_core.keys import ClusterKey
     from cake_core.model import LoadOptions
     from cake_core.plugins import Plugins
     from cake_core.runtime import RunSpec
     from cake_core.topology import Topology
-    from cake_core.transport import Address, Channel
 
 MODEL_TYPES = {"text": "text", "image": "image", "text-model": "text", "image-model": "image"}
 """What `--model-type` takes, the seed's names among them."""
@@ -52,9 +54,12 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(LOADING, "--quantize", metavar="Q", help="Quantise weights at load: none, int8 or int4."),
         option(LOADING, "--kv-dtype", default="auto", metavar="D", help="KV cache: auto, f32, f16, bf16 or int8."),
     ),
-    "cluster": (
-        option(CLUSTER, "--cluster-key", metavar="KEY", help="Cluster key or passphrase; see `cake key`."),
+    "key": (
+        option(CLUSTER, "--cluster-key", "--key", "cluster_key", metavar="KEY", help="Key or passphrase; see `cake key`."),
         option(CLUSTER, "--insecure", is_flag=True, help="No key and no encryption: anyone who reaches a port may use it."),
+    ),
+    "cluster": (
+        option(CLUSTER, "--listen", metavar="H:P", help="Where workers that --join dial the master."),
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
         option(CLUSTER, "--wire-dtype", default="auto", metavar="D", help="Dtype of activations on the network."),
@@ -65,8 +70,11 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(IMAGES, "--sd-tokenizer-2", metavar="FILE", help="The same for the second text encoder."),
         option(IMAGES, "--sd-clip", metavar="FILE", help="Weights of the text encoder."),
         option(IMAGES, "--sd-clip2", metavar="FILE", help="Weights of the second text encoder."),
+        option(IMAGES, "--sd-clip3", metavar="FILE", help="Weights of the third text encoder."),
         option(IMAGES, "--sd-unet", metavar="FILE", help="Weights of the unet."),
+        option(IMAGES, "--sd-transformer", metavar="FILE", help="Weights of the transformer, in models without a unet."),
         option(IMAGES, "--sd-vae", metavar="FILE", help="Weights of the autoencoder."),
+        option(IMAGES, "--sd-config", metavar="M", help="Model whose configuration a single file lacks."),
         option(IMAGES, "--sd-lora", multiple=True, metavar="FILE[=SCALE]", help="LoRA to apply; may be repeated."),
         option(IMAGES, "--sd-use-f16/--no-sd-use-f16", default=None, help="Take the fp16 files where a model has them."),
         option(IMAGES, "--sd-use-flash-attention", is_flag=True, help="As the seed had it; attention is fused anyway."),
@@ -75,6 +83,7 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(IMAGES, "--sd-clip-skip", type=int, metavar="N", help="Leave out the text encoder's last N layers."),
         option(IMAGES, "--sd-long-prompts", is_flag=True, help="Encode prompts over 77 tokens in chunks."),
         option(IMAGES, "--sd-loop", type=click.Choice(["master", "worker"]), help="Where the denoising loop runs."),
+        option(IMAGES, "--sd-compile", is_flag=True, help="Compile the unet: slower start, faster steps."),
         option(IMAGES, "--sd-parallel", type=click.Choice(["images", "guidance"]), help="What replicas of the unet share."),
     ),
 }  # fmt: skip
@@ -98,6 +107,7 @@ class ModelFlags:
     kv_dtype: str = "auto"
     cluster_key: str | None = None
     insecure: bool = False
+    listen: str | None = None
     wait: float = 10.0
     rejoin_timeout: float = 30.0
     wire_dtype: str = "auto"
@@ -163,23 +173,42 @@ class ModelFlags:
         from cake_core.runtime import RunSpec
 
         topology = self.load_topology()
+        connector = self.connector(plugins, topology)
         return RunSpec(
             checkpoint=checkpoint,
             topology=topology,
             options=self.load_options(),
-            # A model that is all here needs no key, so none is made.
-            dial=self.dialer(plugins) if topology.nodes else None,
+            dial=connector.dial,
+            joined=connector.joined,
             wait=self.wait,
             rejoin=self.rejoin_timeout,
             wire_dtype="" if self.wire_dtype == "auto" else self.wire_dtype,
             progress=progress,
         )
 
-    def dialer(self, plugins: Plugins) -> Callable[[Address, float], Channel]:
-        """`dial(address, timeout)` to workers: authenticated and encrypted, unless `--insecure`."""
-        from cake_core.access import dialer
+    def keyring(self) -> Keyring:
+        """The cluster key these options name; a key that is new is shown, because the other machines need it."""
+        from cake_core.config import load_options
+        from cake_core.connect import Keyring
 
-        return dialer(plugins, self.cluster_key, self.insecure)
+        return Keyring(self.cluster_key, load_options().config_dir, self.insecure, _show_new_key)
+
+    def connector(self, plugins: Plugins, topology: Topology) -> Connector:
+        """The way to the topology's workers. Raises ConfigError for a node that can never be reached."""
+        from cake_core.connect import Connector
+        from cake_core.transport import Address
+
+        for node in topology.nodes:
+            if node.host is not None:
+                plugins.transport(node.host.scheme)
+        joining = [node.name for node in topology.nodes if node.host is None and node.layers]
+        listen_at = None if self.listen is None else Address.parse(self.listen)
+        return Connector(plugins, self.keyring(), joining, listen_at)
+
+
+def _show_new_key(key: ClusterKey) -> None:
+    note(f"made a new cluster key in {key.source}; on the other machines of this cluster run once:")
+    note(f"    cake key join {key.text}")
 
 
 def model_options(*groups: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -42,7 +42,7 @@ def paint(plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, painting:
     """Opens the model, paints the images and writes them as PNG."""
     seed = job.chosen_seed()
     sink = Studio(Files(painting, seed))
-    request = painting.request(job.prompt, seed)
+    request = painting.request(job.prompt, seed, live=sink.shows_previews)
     sink.files.check()
     with opened_image(plugins, flags, checkpoint) as runtime:
         note(f"seed {seed}")
@@ -100,7 +100,8 @@ class Studio:
         self.files = files
         self._live = sys.stderr.isatty()
         self._terminal = picture.detect(os.environ, self._live)
-        self._columns = min(64, shutil.get_terminal_size().columns - 1)
+        self.shows_previews = self._terminal != "none"
+        self._screen = shutil.get_terminal_size()
         self._line = 0
         self._height = 0
 
@@ -130,19 +131,26 @@ class Studio:
         if path is not None:
             self.clear()
             self.files.write(path, event.png)
-        if self._terminal != "none":
+        if self.shows_previews:
             width, height, rgb = png.decode(event.png)
             self.clear()
             # Half blocks, whatever the terminal can do: only they can be drawn over.
-            click.echo(picture.render(rgb, width, height, self._columns), err=True, nl=False)
-            self._height = picture.lines(width, height, self._columns)
+            columns = self._columns(width, height)
+            click.echo(picture.render(rgb, width, height, columns), err=True, nl=False)
+            self._height = picture.lines(width, height, columns)
 
     def _finish(self, event: ImageDone) -> None:
         self.clear()
         text = {"Software": "Cake", "Seed": str(event.seed)}
-        shown = picture.render(event.rgb, event.width, event.height, self._columns, self._terminal)
+        columns = self._columns(event.width, event.height)
+        shown = picture.render(event.rgb, event.width, event.height, columns, self._terminal)
         click.echo(shown, err=True, nl=False)
         self.files.write(self.files.final(event.image), png.encode(event.rgb, event.width, event.height, text))
+
+    def _columns(self, width: int, height: int) -> int:
+        """As wide as fits the screen with room for a few lines below: what has scrolled away cannot be drawn over."""
+        fitting = 2 * (self._screen.lines - 4) * width // height
+        return max(4, min(64, self._screen.columns - 1, fitting))
 
     def _clear_line(self) -> None:
         if self._line:

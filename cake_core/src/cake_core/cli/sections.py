@@ -18,7 +18,7 @@ class SectionedOption(click.Option):
         self.section = section
 
 
-ORDER = ("", "Model", "Text", "Images", "Loading", "Cluster", "Image models")
+ORDER = ("", "Worker", "Model", "Text", "Images", "Loading", "Cluster", "Image models")
 """Headings in the order of help; others follow as they appear."""
 
 

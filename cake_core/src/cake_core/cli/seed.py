@@ -118,7 +118,8 @@ def translate(given: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
 def _model(given: Mapping[str, Any], kind: str) -> tuple[list[str], dict[str, str]]:
     """`--model` as the original meant it: for images it is a Hugging Face cache, unless it is a model itself."""
     model = Path(given["model"])
-    if kind == "image" and not (model / "model_index.json").is_file() and not model.is_file():
+    itself = model.is_file() or any((model / name).is_file() for name in ("model_index.json", "config.json"))
+    if kind == "image" and not itself:
         version = given["sd_version"] or "v1-5"
         return ["--sd-version", version], {"HF_HUB_CACHE": str(model / "hub")}
     return ["--model", given["model"]], {}

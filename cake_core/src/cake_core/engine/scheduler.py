@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cake_core.engine.ledger import Ledger
+from cake_core.engine.prefix import PrefixCache
 from cake_core.engine.sequence import Sequence
 from cake_core.model import Row, Want
 
@@ -19,12 +20,13 @@ from cake_core.model import Row, Want
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`rows` decoding sequences at once, `chunk` prompt positions a batch, `depth` batches in flight, `queue` requests
-    waiting."""
+    waiting, `prefixes` ended sessions kept for prompts that begin alike."""
 
     rows: int = 64
     chunk: int = 512
     depth: int = 1
     queue: int = 1024
+    prefixes: int = 32
 
 
 @dataclass(slots=True)
@@ -45,7 +47,8 @@ class Step:
 class Scheduler:
     """Holds the waiting and the running sequences and the ledger; the engine does what it decides.
 
-    `to_open` and `to_close` collect sessions to be opened and closed before the step that `next` returned.
+    `admit` moves waiting sequences to the running ones and lists them in `to_open`, with the session to start from;
+    `to_close` lists sessions to be closed. Both are to be done, in that order, before the next call of `next`.
     """
 
     def __init__(self, limits: Limits, ledger: Ledger) -> None:
@@ -53,7 +56,8 @@ class Scheduler:
         self.ledger = ledger
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.to_open: list[Sequence] = []
+        self.prefixes = PrefixCache(limits.prefixes)
+        self.to_open: list[tuple[Sequence, tuple[int, int] | None]] = []
         self.to_close: list[int] = []
         self.preemptions = 0
 
@@ -62,19 +66,41 @@ class Scheduler:
 
     def next(self) -> Step | None:
         """The next batch, or None when there is nothing that can go now."""
-        self._admit()
         step = Step()
         self._decode(step)
         self._prefill(step)
         return step if step.rows else None
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence here: frees its blocks and has its session closed."""
-        if sequence in self.running:
-            self.running.remove(sequence)
+        """Ends a sequence here: its session is kept for its prefix, or closed and its blocks freed."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
-        self._drop_session(sequence)
+        if sequence not in self.running:
+            return
+        self.running.remove(sequence)
+        session = sequence.session
+        wanted = not (sequence.failed or sequence.unwanted)
+        if session is None or not wanted or sequence.forwarded < self.ledger.block or self._is_unopened(sequence):
+            self._drop_session(sequence)
+            return
+        sequence.session = None
+        evicted = self.prefixes.add(session, sequence.tokens[: sequence.forwarded])
+        if evicted is not None:
+            self._close(evicted)
+
+    def forget_prefixes(self) -> None:
+        """Closes every kept session: a node that held some of their state was lost."""
+        for session in self.prefixes.clear():
+            self._close(session)
+
+    def opened(self, sequence: Sequence, kept: int, donor: int | None) -> None:
+        """A session of `to_open` is open and holds the first `kept` positions, `donor`'s if one was given."""
+        if sequence.session is None:
+            return
+        sequence.forwarded = sequence.cached = kept
+        self.ledger.shrink(sequence.session, kept)
+        if donor is not None and self.prefixes.used_up(donor, kept):
+            self._close(donor)
 
     def requeue(self, sequence: Sequence) -> None:
         """Takes a running sequence back to the head of the queue, to be computed again from its tokens."""
@@ -84,25 +110,50 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _drop_session(self, sequence: Sequence) -> None:
-        if sequence.session is None:
+        session = sequence.session
+        if session is None:
             return
-        self.ledger.release(sequence.session)
-        if sequence in self.to_open:
-            self.to_open.remove(sequence)
+        if self._is_unopened(sequence):
+            self.to_open = [entry for entry in self.to_open if entry[0] is not sequence]
+            self.ledger.release(session)
         else:
-            self.to_close.append(sequence.session)
+            self._close(session)
         sequence.session = None
 
-    def _admit(self) -> None:
+    def _is_unopened(self, sequence: Sequence) -> bool:
+        return any(entry[0] is sequence for entry in self.to_open)
+
+    def _close(self, session: int) -> None:
+        self.ledger.release(session)
+        self.to_close.append(session)
+
+    def admit(self) -> None:
+        """Starts waiting sequences, in order of arrival, while there is room for them."""
         while self.waiting and len(self.running) < self.limits.rows:
             head = self.waiting[0]
             # Room for the prompt and the first block of the answer, or it would be preempted at once.
-            if self.ledger.blocks(len(head.tokens)) + 1 > self.ledger.free and self.running:
+            needed = self.ledger.blocks(len(head.tokens)) + 1
+            donor = self._donor(head)
+            while needed > self.ledger.free and (evicted := self.prefixes.evict()) is not None:
+                self._close(evicted)
+                donor = None if donor is None or donor[0] == evicted else donor
+            if needed > self.ledger.free and self.running:
                 return
             self.waiting.popleft()
-            head.start()
+            session = head.start()
+            if donor is not None:
+                self.ledger.take(session, donor[1])
             self.running.append(head)
-            self.to_open.append(head)
+            self.to_open.append((head, donor))
+
+    def _donor(self, sequence: Sequence) -> tuple[int, int] | None:
+        request = sequence.request
+        if request.embed or request.score_prompt or not self.limits.prefixes:
+            return None
+        running = [(s.session, s.tokens[: s.forwarded]) for s in self.running if s.session and not self._is_unopened(s)]
+        found = self.prefixes.find(sequence.tokens, running)
+        # Less than a block saves nothing that the round trip to ask for it does not cost.
+        return found if found is not None and found[1] >= self.ledger.block else None
 
     def _decode(self, step: Step) -> None:
         ready = [s for s in self.running if s.decoding and not s.in_flight and not s.unwanted]
@@ -127,9 +178,15 @@ class Scheduler:
             step.add(sequence, length, want)
 
     def _make_room(self, sequence: Sequence, positions: int) -> bool:
-        """Takes blocks for `positions`, preempting the youngest idle sequences if it must. False: not now."""
+        """Takes blocks for `positions`, evicting kept prefixes and then preempting the youngest idle sequences if it must.
+
+        False: not now.
+        """
         session = sequence.session
         while session is not None and not self.ledger.fits(session, positions):
+            if (evicted := self.prefixes.evict()) is not None:
+                self._close(evicted)
+                continue
             victims = [s for s in self.running if not s.in_flight and s is not sequence and s.order > sequence.order]
             if not victims:
                 return False

@@ -43,6 +43,7 @@ class Sequence:
     cached: int = 0
     unwanted: bool = False
     ended: bool = False
+    failed: bool = False
     events: list[TextEvent] = field(default_factory=list)
     scores: list[TokenLogprob | None] = field(default_factory=list)
     hidden: list[bytes] = field(default_factory=list)
@@ -115,6 +116,7 @@ class Sequence:
         self._end(Finished(reason, self.detokenizer.flush() if flush else "", self.usage(), stop))
 
     def fail(self, error: CakeError) -> None:
+        self.failed = True
         self._end(Failed(error, self.usage()))
 
     def _end(self, event: Finished | Failed) -> None:

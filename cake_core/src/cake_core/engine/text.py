@@ -64,6 +64,9 @@ class EngineStats:
     waiting: int
     kv_tokens: int
     kv_tokens_used: int
+    """Kept prefixes included."""
+    prefixes: int
+    """Ended sessions kept for prompts that begin alike."""
     preemptions: int
     positions: int
     """Positions forwarded since the start."""
@@ -195,6 +198,7 @@ class TextEngine:
             len(scheduler.waiting),
             ledger.capacity * ledger.block,
             ledger.used * ledger.block,
+            len(scheduler.prefixes),
             scheduler.preemptions,
             self._positions,
             self._batches,
@@ -259,31 +263,39 @@ class TextEngine:
 
     def _fill(self) -> None:
         """Launches batches until enough are in flight or nothing can go."""
-        self._open_and_close()
+        self._close_sessions()
         if not self._ready():
             return
         while self._in_flight < max(1, self._limits.depth):
+            self._scheduler.admit()
+            self._open_sessions()
             step = self._scheduler.next()
-            self._open_and_close()
+            self._close_sessions()
             if step is None:
                 self._resolve_stuck()
                 return
             self._launch(step)
 
-    def _open_and_close(self) -> None:
-        scheduler = self._scheduler
-        closes, scheduler.to_close = scheduler.to_close, []
+    def _close_sessions(self) -> None:
+        closes, self._scheduler.to_close = self._scheduler.to_close, []
         for session in closes:
             self._pipeline.close(session)
-        opens, scheduler.to_open = scheduler.to_open, []
-        for sequence in opens:
+
+    def _open_sessions(self) -> None:
+        """Opens what was admitted, then closes what is to go: a session may start from one that is about to be closed."""
+        opens, self._scheduler.to_open = self._scheduler.to_open, []
+        for sequence, start in opens:
             if sequence.session is None:
                 continue
+            parent, length = start or (None, 0)
             try:
-                self._pipeline.open(sequence.session, sequence.spec(self._pipeline.wire_dtype))
+                kept = self._pipeline.open(sequence.session, sequence.spec(self._pipeline.wire_dtype), parent, length)
             except CakeError as error:
                 self._disturbed([sequence], error)
                 sequence.deliver()
+            else:
+                self._scheduler.opened(sequence, kept, parent)
+        self._close_sessions()
 
     def _resolve_stuck(self) -> None:
         stuck = self._scheduler.stuck()
@@ -351,6 +363,7 @@ class TextEngine:
         """A batch failed: its sequences are computed again if time can mend it, or end."""
         if isinstance(error, NodeError | TransportError) and not isinstance(error, DeadlineExceeded) and self._watch:
             log.warning("computing %d sequences again: %s", len(sequences), error)
+            self._scheduler.forget_prefixes()
             for sequence in sequences:
                 if sequence in self._scheduler.running:
                     self._scheduler.requeue(sequence)
@@ -385,6 +398,7 @@ class TextEngine:
         now = time.monotonic()
         if self._degraded_since is None:
             self._degraded_since = now
+        self._scheduler.forget_prefixes()
         for sequence in [s for s in self._scheduler.running if not s.in_flight]:
             self._scheduler.requeue(sequence)
         if self._expired(now):
@@ -392,9 +406,11 @@ class TextEngine:
         return False
 
     def _fail_all(self, error: CakeError) -> None:
+        self._scheduler.forget_prefixes()
         for sequence in self._scheduler.sequences():
             self._end(sequence, error)
             sequence.deliver()
+        self._close_sessions()
 
 
 def _inputs(step: Step) -> dict[str, Tensor]:

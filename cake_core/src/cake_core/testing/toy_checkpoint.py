@@ -33,8 +33,13 @@ _Tensors = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 
 
 def toy_checkpoint(name: str = "toy") -> Checkpoint:
-    """The toy that comes with the package, the same on every machine: `toy` (text) or `toy-image`."""
+    """The toy of this name that comes with the package, the same on every machine: `toy` (text) or `toy-image`."""
     return SafetensorsCheckpoint(Path(__file__).parent / "data" / name, name)
+
+
+def toy_image_checkpoint() -> Checkpoint:
+    """The image toy that comes with the package."""
+    return toy_checkpoint("toy-image")
 
 
 def write_toy_checkpoint(folder: Path, layers: int = 4, seed: int = 0, **config: Any) -> Checkpoint:
@@ -101,7 +106,7 @@ def write_safetensors(file: Path, tensors: _Tensors) -> None:
 def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raises CheckpointError unless the checkpoint has every tensor of `expected` with its (dtype, shape)."""
     for name, (dtype, shape) in expected.items():
-        tensor = checkpoint.tensors.get(name)
+        tensor = checkpoint.headers.get(name)
         if tensor is None:
             raise CheckpointError(f"{checkpoint.path} lacks tensor {name}; write the toy again with write_toy_checkpoint")
         if (tensor.dtype, tensor.shape) != (dtype, shape):

@@ -98,7 +98,7 @@ def _whole(checkpoint: Checkpoint, key: str) -> int:
 
 def _layer(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> Layer:
     tensors = tuple(f"{name}.{part}" for part in parts)
-    nbytes = sum(checkpoint.tensors[tensor].nbytes for tensor in tensors)
+    nbytes = sum(checkpoint.headers[tensor].nbytes for tensor in tensors)
     mixing = name.startswith("model.layers.")
     return Layer(
         name,

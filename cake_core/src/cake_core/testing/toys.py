@@ -6,6 +6,7 @@ writes a backend. See `toy_text` and `toy_image` for what they compute and which
 
 from cake_core.testing.toy_checkpoint import (
     toy_checkpoint,
+    toy_image_checkpoint,
     write_toy_checkpoint,
     write_toy_image_checkpoint,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "ToyTextBackend",
     "ToyTokenizer",
     "toy_checkpoint",
+    "toy_image_checkpoint",
     "write_toy_checkpoint",
     "write_toy_image_checkpoint",
 ]

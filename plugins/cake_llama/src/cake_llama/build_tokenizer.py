@@ -30,8 +30,8 @@ _GPT4O = (
 PATTERNS: Mapping[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     **dict.fromkeys(("gpt-2", "gpt2", "phi-2", "olmo", "jais", "mpt"), (_GPT2,)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), (_QWEN2,)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe", "pixtral", "falcon3"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "kormo"), (_QWEN2,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)),
     "tekken": (_TEKKEN,),
     **dict.fromkeys(("gpt-4o", "llama4"), (_GPT4O,)),
@@ -41,14 +41,23 @@ PATTERNS: Mapping[str, tuple[str, ...]] = {
 _WHOLE_PIECES_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 """Vocabularies where a piece that is an entry is taken whole, whatever its merges say."""
 
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "kormo")
+"""Vocabularies made of text in Unicode's composed form (NFC)."""
+
+_PLAIN_SPECIALS = ("<unk>", "<s>", "<|endoftext|>")
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Entries by id, their types, and for SentencePiece their scores."""
+    """Entries by id, their types, and for SentencePiece their scores.
+
+    `swallows_space`: white space after a special token belongs to it (Phi-3).
+    """
 
     tokens: list[str]
     types: list[int]
     scores: list[float]
+    swallows_space: bool = False
 
     def ids(self) -> dict[str, int]:
         """Ids by entry; of entries that are there twice, the first."""
@@ -60,7 +69,9 @@ class Vocabulary:
 
         marked = list(zip(self.tokens, self.types, strict=True))
         special = [
-            AddedToken(token, special=True, normalized=False) for token, t in marked if t in (CONTROL, UNKNOWN) and token
+            AddedToken(token, special=True, normalized=False, rstrip=self.swallows_space and token not in _PLAIN_SPECIALS)
+            for token, kind in marked
+            if kind in (CONTROL, UNKNOWN) and token
         ]
         shown = [AddedToken(token, special=False, normalized=False) for token, t in marked if t == USER_DEFINED and token]
         engine.add_special_tokens(special)
@@ -83,7 +94,7 @@ class Vocabulary:
 
 def build_bpe(vocabulary: Vocabulary, merges: Sequence[str], pre: str) -> tokenizers.Tokenizer:
     """Byte-level BPE. Raises UnsupportedModel, naming it, for a way of cutting text that is not known here."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if pre not in PATTERNS:
         raise UnsupportedModel(
@@ -95,6 +106,8 @@ def build_bpe(vocabulary: Vocabulary, merges: Sequence[str], pre: str) -> tokeni
         engine = Tokenizer(models.BPE(ids, pairs, ignore_merges=pre in _WHOLE_PIECES_FIRST))
     except Exception as error:  # the library raises bare Exception for a merge of unknown entries
         raise CheckpointError(f"the GGUF's tokenizer is damaged: {error}; download the file again") from error
+    if pre in _COMPOSED:
+        engine.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PATTERNS[pre]]
     engine.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     engine.decoder = decoders.ByteLevel()

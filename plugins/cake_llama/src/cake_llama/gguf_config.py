@@ -39,6 +39,7 @@ class _Reader:
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.checkpoint, self.architecture = checkpoint, architecture
+        self.headers = checkpoint.headers
 
     def config(self) -> dict[str, Any]:
         if self.value("expert_count", 0):
@@ -65,13 +66,19 @@ class _Reader:
             "partial_rotary_factor": rotary / head_dim,
             "sliding_window": self.value("attention.sliding_window") or None,
             "use_sliding_window": bool(self.value("attention.sliding_window")),
-            "attention_bias": "blk.0.attn_q.bias" in self.checkpoint.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in self.checkpoint.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self.headers,
+            "mlp_bias": "blk.0.ffn_up.bias" in self.headers,
             "hidden_act": "silu",
-            "tie_word_embeddings": "output.weight" not in self.checkpoint.tensors,
+            "dtype": self.dtype(),
+            "tie_word_embeddings": "output.weight" not in self.headers,
             "bos_token_id": self.checkpoint.config.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.checkpoint.config.get("tokenizer.ggml.eos_token_id"),
         }
+
+    def dtype(self) -> str:
+        """The width that loses nothing of note: scales of quantised blocks are f16."""
+        types = {tensor.dtype for tensor in self.headers.values()}
+        return "bfloat16" if "BF16" in types else "float32" if types == {"F32"} else "float16"
 
     def rope_scaling(self) -> dict[str, Any] | None:
         """Linear and YaRN by their metadata; Llama 3 and longrope by the factors that the file holds as tensors.
@@ -146,14 +153,16 @@ class _Reader:
         return CheckpointError(f"{self.checkpoint.path}: {self.architecture}.{key} is {found!r}; download the file again")
 
     def tensor(self, name: str) -> TensorInfo:
-        found = self.checkpoint.tensors.get(name)
+        found = self.headers.get(name)
         if found is None:
             raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}; download it again")
         return found
 
     def floats(self, name: str) -> list[float]:
         """The values of a small F32 tensor."""
-        tensor = self.tensor(name)
+        tensor = self.checkpoint.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}; split or download the model again")
         if tensor.dtype != "F32" or len(tensor.shape) != 1 or tensor.nbytes > 1 << 16:
             raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}{list(tensor.shape)}, not a short list of F32")
         try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.requests import SamplingDefaults
-from cake_llama.build_tokenizer import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, build_bpe, build_sentencepiece
+from cake_llama.build_tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, build_bpe, build_sentencepiece
 from cake_llama.tokenizer import TokenizerParts, byte_level_bytes, sentencepiece_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def _vocabulary(checkpoint: Checkpoint, data: Mapping[str, Any]) -> Vocabulary:
     types, scores = list(data.get("token_type", ())), list(data.get("scores", ()))
     if (types and len(types) != len(tokens)) or (scores and len(scores) != len(tokens)):
         raise CheckpointError(f"{checkpoint.path} has a tokenizer whose lists differ in length; download it again")
-    return Vocabulary(tokens, types or [1] * len(tokens), scores)
+    phi3 = checkpoint.config.get("general.architecture") == "phi3" and data["model"] == "llama"
+    return Vocabulary(tokens, types or [NORMAL] * len(tokens), scores, swallows_space=phi3)
 
 
 def _texts(checkpoint: Checkpoint, data: Mapping[str, Any], key: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.gguf_header import TYPES
 from cake_llama.dequant import SERVED, dequantize
+from cake_llama.gguf_names import hf_name
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint, TensorInfo
@@ -21,33 +21,10 @@ if TYPE_CHECKING:
 CHUNK_VALUES = 1 << 22
 """Values dequantised at a time: what a load needs beside the weights themselves stays below 64 MB."""
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_BLOCK_NAME = re.compile(r"^blk\.(\d+)\.(\w+)\.(weight|bias)$")
 _ROPE_TABLES = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Tensors that are configuration: `gguf_config` reads them."""
 
 _VALUES_A_BLOCK = {name: (values, nbytes) for name, values, nbytes in TYPES.values()}
-
-
-def hf_name(name: str, architecture: str) -> str | None:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`; None for a tensor that this family does not have."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    match = _BLOCK_NAME.match(name)
-    part = _BLOCK.get(match[2]) if match else None
-    if match is None or part is None:
-        return None
-    if architecture == "phi3" and part == "mlp.up_proj":
-        part = "mlp.gate_up_proj"
-    return f"model.layers.{match[1]}.{part}.{match[3]}"
 
 
 class GgufWeights:

@@ -25,7 +25,8 @@ def read_hf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
     config = checkpoint.json("tokenizer_config.json") or {}
     generation = checkpoint.json("generation_config.json") or {}
     engine = _engine(folder, config)
-    kinds = set(_types(json.loads(engine.to_str()).get("decoder")))
+    steps = {str(step.get("type")): step for step in _steps(json.loads(engine.to_str()).get("decoder"))}
+    kinds = steps.keys()
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         raise UnsupportedModel(f"{folder} has a tokenizer that is neither byte-level nor SentencePiece; Cake serves these two")
     info = {**config, **{name: text for name, text in _special_names(checkpoint).items() if name not in config}}
@@ -36,7 +37,7 @@ def read_hf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
     return TokenizerParts(
         engine=engine,
         piece_bytes=byte_level_bytes if "ByteLevel" in kinds else sentencepiece_bytes,
-        strip_space="ByteLevel" not in kinds and bool(kinds & {"Strip", "Metaspace"}),
+        strip_space="Strip" in kinds or steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never",
         vocab_size=max(engine.get_vocab_size(), _number(checkpoint.config.get("vocab_size"))),
         bos_id=_token_id(engine, info.get("bos_token")),
         stop_ids=frozenset(i for source in stops for i in _ids(source)),
@@ -73,12 +74,15 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> tokenizers.Tok
     return engine
 
 
-def _types(decoder: Any) -> Iterator[str]:
-    """Names of a decoder's kind and of those inside a sequence."""
+def _steps(decoder: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a decoder: itself, or those inside a sequence."""
     if isinstance(decoder, Mapping):
-        yield str(decoder.get("type"))
-        for inner in decoder.get("decoders") or ():
-            yield from _types(inner)
+        inner = decoder.get("decoders")
+        if decoder.get("type") != "Sequence" or not isinstance(inner, list):
+            yield decoder
+            return
+        for step in inner:
+            yield from _steps(step)
 
 
 def _special_names(checkpoint: Checkpoint) -> Mapping[str, Any]:

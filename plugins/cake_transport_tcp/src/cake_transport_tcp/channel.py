@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from cake_core.errors import ChannelClosed, DeadlineExceeded, ProtocolError
 from cake_core.model import Buffer
-from cake_core.transport import Allocate, Channel
+from cake_core.transport import Allocate, PollingChannel
 from cake_transport_tcp.framing import Inbox, frame
 from cake_transport_tcp.wire import Stream
 
 
-class TcpChannel(Channel):
+class TcpChannel(PollingChannel):
     """Frames on a stream. While a body arrives, `timeout` counts from its last byte: a large one may take its time, a
     header may not."""
 
@@ -27,24 +27,37 @@ class TcpChannel(Channel):
 
     def send(self, header: bytes, buffers: Sequence[Buffer] = (), timeout: float | None = None) -> None:
         pieces = frame(header, buffers)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
-            self.abort()
-            raise DeadlineExceeded(f"{self.peer} did not read in time")
+        self._take_turn(timeout)
         try:
-            self._stream.write(pieces, deadline)
+            self._stream.write(pieces, timeout)
         except DeadlineExceeded:
             self.abort()
             raise
         finally:
             self._sending.release()
 
+    def _take_turn(self, timeout: float | None) -> None:
+        """Waits for other senders as long as they get on."""
+        while True:
+            written = self._stream.written
+            if self._sending.acquire(timeout=-1 if timeout is None else timeout):
+                return
+            if self._stream.written == written:
+                self.abort()
+                raise DeadlineExceeded(f"{self.peer} did not read in time")
+
     def receive(self, allocate: Allocate, timeout: float | None = None) -> tuple[bytes, memoryview]:
         try:
-            return self._receive(allocate, timeout)
+            return self._advance(allocate, timeout)
         except DeadlineExceeded:
             if self._inbox.begun:
                 self.abort()
+            raise
+
+    def _advance(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
+        try:
+            return self._receive(allocate, timeout)
+        except DeadlineExceeded:
             raise
         except ProtocolError as error:
             self.abort()
@@ -55,6 +68,8 @@ class TcpChannel(Channel):
             raise
 
     def _receive(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
+        if self.fileno() < 0:  # what had arrived before the end is not worth having
+            raise ChannelClosed(f"the connection to {self.peer} was closed here")
         deadline = None if timeout is None else time.monotonic() + timeout
         while (message := self._inbox.next(allocate)) is None:
             if timeout is not None and self._inbox.in_body:
@@ -65,6 +80,16 @@ class TcpChannel(Channel):
                 raise ChannelClosed(f"{self.peer} closed the connection{where}")
             self._inbox.arrived(count)
         return message
+
+    def try_receive(self, allocate: Allocate) -> tuple[bytes, memoryview] | None:
+        try:
+            return self._advance(allocate, 0.0)
+        except DeadlineExceeded:
+            return None
+
+    def fileno(self) -> int:
+        """What to poll for arriving bytes; -1 once the channel has ended."""
+        return self._stream.fileno()
 
     def close(self) -> None:
         self._stream.finish()

@@ -17,19 +17,26 @@ from typing import Protocol
 
 from cake_core.errors import ChannelClosed, DeadlineExceeded
 
-LINGER = 5.0
+LINGER = 2.0
 """Seconds for which a closed wire waits for the peer to have read everything."""
 _VECTORS = 64  # buffers per sendmsg: far below every system's IOV_MAX
 _JOIN = 64 * 1024  # without sendmsg, messages up to this size are joined: one packet instead of many
 
 
 class Stream(Protocol):
-    """Bytes in both directions: a wire, or TLS on one. A deadline is a moment of `time.monotonic()`, or None."""
+    """Bytes in both directions: a wire, or TLS on one.
+
+    A deadline is a moment of `time.monotonic()`, patience are seconds without any progress; None waits for ever.
+    """
+
+    @property
+    def written(self) -> int:
+        """Bytes handed to the system so far: whether a writer gets on."""
 
     def read(self, into: memoryview, deadline: float | None) -> int:
         """Reads some bytes and says how many, 0 at the peer's end. ChannelClosed, DeadlineExceeded."""
 
-    def write(self, pieces: Sequence[memoryview], deadline: float | None) -> None:
+    def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
         """Writes all, in one call to the system if it takes them. ChannelClosed, DeadlineExceeded (then: in part)."""
 
     def finish(self) -> None:
@@ -43,22 +50,30 @@ class Stream(Protocol):
 
 
 class Readiness:
-    """Waits until a socket can be read, or written, or `wake` says that it is over."""
+    """Waits until a socket can be read, or written, or `wake` says that it is over.
+
+    `left`: for a writer, the peer has ended its side, so nobody will read what is still to be written.
+    """
 
     def __init__(self, sock: socket.socket, wake: socket.socket, writing: bool = False) -> None:
         self._reads = [wake] if writing else [sock, wake]
         self._writes = [sock] if writing else []
+        self.left = False
         self._poll = None
+        # Linux says when the peer has left. Elsewhere a writer learns it when the peer has stopped lingering.
+        self._hangup = getattr(select, "POLLRDHUP", 0) if writing else 0
         if hasattr(select, "poll"):
             self._poll = select.poll()
             self._poll.register(wake, select.POLLIN)
-            self._poll.register(sock, select.POLLOUT if writing else select.POLLIN)
+            self._poll.register(sock, (select.POLLOUT if writing else select.POLLIN) | self._hangup)
 
     def wait(self, deadline: float | None) -> bool:
         """Whether anything happened before the deadline."""
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self._poll is not None:
-            return bool(self._poll.poll(None if left is None else left * 1000))
+            events = self._poll.poll(None if left is None else left * 1000)
+            self.left = any(event & self._hangup for _, event in events)
+            return bool(events)
         readable, writable, _ = select.select(self._reads, self._writes, (), left)
         return bool(readable or writable)
 
@@ -69,6 +84,7 @@ class Wire:
     def __init__(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
         self.peer = peer
+        self.written = 0
         self._sock = sock
         self._wake, self._waker = socket.socketpair()
         self._readable = Readiness(sock, self._wake)
@@ -101,15 +117,18 @@ class Wire:
         finally:
             self._leave()
 
-    def write(self, pieces: Sequence[memoryview], deadline: float | None) -> None:
+    def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
         self._enter()
         try:
             left = list(pieces)
             while left:
-                try:
-                    left = _behind(left, self._send(left))
-                except BlockingIOError:
-                    self._wait(self._writable, deadline)
+                sent = self._send(left)
+                if not sent:
+                    self._wait(self._writable, None if patience is None else time.monotonic() + patience)
+                    if self._writable.left:
+                        raise ChannelClosed(f"{self.peer} closed the connection")
+                self.written += sent
+                left = _behind(left, sent)
         except OSError as error:
             raise ChannelClosed(f"lost {self.peer}: {error.strerror or error}") from error
         finally:
@@ -122,11 +141,14 @@ class Wire:
         self._end(orderly=False)
 
     def _send(self, pieces: list[memoryview]) -> int:
-        if hasattr(self._sock, "sendmsg"):
-            return self._sock.sendmsg(pieces[:_VECTORS])
-        if len(pieces) > 1 and sum(piece.nbytes for piece in pieces) <= _JOIN:
-            return self._sock.send(b"".join(pieces))
-        return self._sock.send(pieces[0])
+        """Bytes the system took, 0 if none."""
+        with contextlib.suppress(BlockingIOError):
+            if hasattr(self._sock, "sendmsg"):
+                return self._sock.sendmsg(pieces[:_VECTORS])
+            if len(pieces) > 1 and sum(piece.nbytes for piece in pieces) <= _JOIN:
+                return self._sock.send(b"".join(pieces))
+            return self._sock.send(pieces[0])
+        return 0
 
     def _wait(self, readiness: Readiness, deadline: float | None) -> None:
         if not readiness.wait(deadline):

@@ -14,11 +14,13 @@ Class attributes state what a plugin may decide for itself: sizes, tolerances. T
 
 import pytest
 
-# Before the modules are imported, so that a failing `assert` in them shows its values.
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{name}" for name in ("image", "text", "text_rig", "text_sampling", "transport", "transport_endings"))
-)
+_CHECKED = ("image", "image_rig", "text", "text_rig", "text_sampling", "transport", "transport_endings", "transport_rig")
 
+# Before the modules are imported, so that a failing `assert` in them shows its values.
+pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in _CHECKED))
+
+from cake_core.testing.contracts.image import ImageBackendContract  # noqa: E402
+from cake_core.testing.contracts.text import TextBackendContract  # noqa: E402
 from cake_core.testing.contracts.transport import TransportContract  # noqa: E402
 
-__all__ = ["TransportContract"]
+__all__ = ["ImageBackendContract", "TextBackendContract", "TransportContract"]

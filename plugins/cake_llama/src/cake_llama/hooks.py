@@ -1,0 +1,15 @@
+"""What cake-llama offers to Cake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cake_core import hookimpl
+from cake_core.model import Backend
+
+
+@hookimpl
+def cake_register_backends() -> Iterable[Backend]:
+    from cake_llama.backend import LlamaBackend
+
+    return (LlamaBackend(),)

@@ -1,0 +1,219 @@
+"""A stage of the Llama family: sessions, checks, and the way of a batch through the layers. Computes inside `submit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cake_core.errors import CakeError, CapacityError, RequestError, StageError
+from cake_core.model import SAMPLED, Batch, Memory, Pending, Row, SessionSpec, int32_values
+from cake_llama.answers import Answers, Asked
+from cake_llama.attention import RowPlan, StepPlan
+from cake_llama.cache import BLOCK, KvCache, Table
+from cake_llama.config import ModelConfig
+from cake_llama.model import Parts
+from cake_llama.rotary import Rotary
+from cake_llama.wire import FROM_TORCH, TO_TORCH, from_wire, to_wire
+
+
+@dataclass(slots=True)
+class _Session:
+    spec: SessionSpec
+    table: Table = field(default_factory=Table)
+    tokens: list[int] = field(default_factory=list)
+    """Ids at the positions in the cache, where this stage reads tokens."""
+    sampled: int | None = None
+    """What was drawn for the place right after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A checked row."""
+
+    row: Row
+    session: _Session
+    start: int
+    tokens: Sequence[int]
+    targets: Sequence[int]
+
+
+class LlamaStage:
+    """One object for the layers a node holds; `dtype` is that of the hidden states inside, `weights` their bytes."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[str, ...],
+        parts: Parts,
+        cache: KvCache,
+        rotary: Rotary,
+        dtype: torch.dtype,
+        weights: int,
+    ) -> None:
+        self.layers = layers
+        self._config = config
+        self._parts = parts
+        self._cache = cache
+        self._rotary = rotary
+        self._sessions: dict[int, _Session] = {}
+        self._reads_tokens = parts.embedding is not None or parts.head is not None
+        self._device = rotary.device
+        self._dtype = dtype
+        self._weights = weights
+
+    # Sessions
+
+    def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
+        if session in self._sessions:
+            raise StageError(f"session {session} is open already; close it first")
+        if spec.grammar is not None and self._parts.head is not None:
+            raise RequestError("grammars are not supported by this backend yet; leave response_format out", "grammar")
+        if spec.wire_dtype and spec.wire_dtype not in TO_TORCH:
+            raise StageError(f"hidden states cannot be sent as {spec.wire_dtype!r}")
+        opened = _Session(spec)
+        if parent is not None:
+            origin = self._find(parent)
+            kept = self._shareable(origin, spec, min(length, origin.table.length))
+            opened.table = self._cache.fork(origin.table, kept)
+            opened.tokens = origin.tokens[:kept]
+        self._sessions[session] = opened
+        return opened.table.length
+
+    def truncate(self, session: int, length: int) -> int:
+        found = self._find(session)
+        kept = max(0, min(length, found.table.length))
+        if kept < found.table.length:
+            found.sampled = None
+        self._cache.truncate(found.table, kept)
+        del found.tokens[kept:]
+        return kept
+
+    def close(self, session: int) -> None:
+        found = self._sessions.pop(session, None)
+        if found is not None:
+            self._cache.truncate(found.table, 0)
+
+    def memory(self) -> Memory:
+        cache, config = self._cache, self._config
+        width = 2 * config.num_kv_heads * config.head_dim * (cache.keys[0].element_size() if cache.keys else 0)
+        return Memory(
+            device=str(self._device),
+            dtype=FROM_TORCH[self._dtype],
+            weights=self._weights,
+            kv_tokens=cache.blocks * BLOCK if cache.keys else 0,
+            kv_tokens_free=cache.free_blocks * BLOCK if cache.keys else 0,
+            kv_bytes_per_token=width * len(cache.keys),
+        )
+
+    def shutdown(self) -> None:
+        self._sessions.clear()
+        self._parts = Parts(None, (), None, None)
+        self._cache = KvCache(0, (0, 0), 0, self._device, torch.float32)
+
+    def _find(self, session: int) -> _Session:
+        found = self._sessions.get(session)
+        if found is None:
+            raise StageError(f"session {session} is not open; open it first")
+        return found
+
+    def _shareable(self, origin: _Session, spec: SessionSpec, length: int) -> int:
+        """Positions of `origin` that are the same in a session of `spec`: none where angles depend on the prompt's length."""
+        rope = self._config.rope
+        if rope.depends_on_length and spec.prompt_length != origin.spec.prompt_length:
+            if max(spec.prompt_length, origin.spec.prompt_length) > rope.original_length:
+                return 0
+            return min(length, rope.original_length)
+        return length
+
+    # Batches
+
+    def submit(self, batch: Batch) -> Pending:
+        pending = Pending()
+        try:
+            with torch.inference_mode():
+                pending.set(self._run(batch, self._check(batch)))
+        except CakeError as error:
+            pending.fail(error)
+        except torch.OutOfMemoryError as error:
+            pending.fail(CapacityError(f"{self._device} ran out of memory: {error}; use fewer requests or less context"))
+        return pending
+
+    def _check(self, batch: Batch) -> list[_Step]:
+        """Everything that can be wrong with a batch, before anything is changed."""
+        total = batch.positions
+        tokens = self._ids(batch, "tokens", total) if self._reads_tokens else [0] * total
+        scores = any(row.want.score for row in batch.rows) and self._parts.head is not None
+        targets = self._ids(batch, "targets", total) if scores else [-1] * total
+        if self._parts.embedding is None and ("hidden" not in batch.tensors or batch.tensors["hidden"].shape[0] != total):
+            raise StageError(f"this stage needs hidden states of {total} positions")
+        if len({row.session for row in batch.rows}) < len(batch.rows):
+            raise StageError("a session has two rows in one batch")
+        steps, start, needed = [], 0, 0
+        for row in batch.rows:
+            session = self._find(row.session)
+            if row.position != session.table.length:
+                raise StageError(
+                    f"session {row.session} is at position {session.table.length}, the row at {row.position}; "
+                    "a batch was lost or doubled"
+                )
+            own = slice(start, start + row.length)
+            steps.append(_Step(row, session, start, self._resolve(session, tokens[own]), targets[own]))
+            needed += self._cache.needed(session.table, row.position + row.length)
+            start += row.length
+        self._cache.check_free(needed)
+        return steps
+
+    def _ids(self, batch: Batch, name: str, total: int) -> list[int]:
+        found = int32_values(batch.tensors[name]) if name in batch.tensors else []
+        if len(found) != total:
+            raise StageError(f"{total} {name} are needed, {len(found)} came")
+        if any(not -1 <= token < self._config.vocab_size for token in found):
+            raise StageError(f"{name} hold an id outside the vocabulary of {self._config.vocab_size}")
+        return found
+
+    def _resolve(self, session: _Session, tokens: Sequence[int]) -> Sequence[int]:
+        if SAMPLED not in tokens:
+            return tokens
+        if tokens[0] != SAMPLED or SAMPLED in tokens[1:] or session.sampled is None or self._parts.embedding is None:
+            raise StageError("a token to be taken from the last draw, where there was none")
+        return [session.sampled, *tokens[1:]]
+
+    def _run(self, batch: Batch, steps: Sequence[_Step]) -> Batch:
+        plan = self._plan(steps)
+        tokens = hidden = None
+        if self._parts.embedding is not None:
+            tokens = torch.tensor([t for step in steps for t in step.tokens], device=self._device)
+        else:
+            hidden = from_wire(batch.tensors["hidden"], self._device, self._dtype)
+        out = self._parts.hidden(tokens, hidden, plan, self._cache)
+        for step in steps:
+            if self._reads_tokens:
+                step.session.tokens += step.tokens
+        if self._parts.head is None:
+            named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
+            return Batch(batch.rows, {"hidden": to_wire(out if not named else out.to(TO_TORCH[named]))})
+        answers = Answers(self._parts.head)
+        asked = [Asked(s.row, s.start, s.session.tokens, s.session.spec, s.targets) for s in steps]
+        for step, drawn in zip(steps, answers.collect(out, asked), strict=True):
+            step.session.sampled = drawn[-1] if drawn else None
+        return Batch(batch.rows, answers.tensors())
+
+    def _plan(self, steps: Sequence[_Step]) -> StepPlan:
+        rows, slots = [], list[int]()
+        positions, lengths = list[int](), list[int]()
+        for step in steps:
+            table, row = step.session.table, step.row
+            end = row.position + row.length
+            self._cache.extend(table, end)
+            rows.append(RowPlan(step.start, row.length, row.position, table))
+            if self._cache.keys:
+                where = table.slots(row.position, end)
+                slots += range(where.start, where.stop) if isinstance(where, slice) else where
+            own = range(row.position, end)
+            positions += own
+            lengths += [max(step.session.spec.prompt_length, position + 1) for position in own]
+        at = torch.tensor(positions, device=self._device)
+        cos, sin = self._rotary.angles(at, torch.tensor(lengths, device=self._device))
+        return StepPlan(rows, torch.tensor(slots, device=self._device), cos.to(self._dtype), sin.to(self._dtype))

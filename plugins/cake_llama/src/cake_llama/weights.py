@@ -1,0 +1,82 @@
+"""Where weights come from, and the names they have there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from cake_core.checkpoint import Checkpoint, TensorInfo
+from cake_core.errors import CheckpointError, UnsupportedModel
+from cake_llama.wire import bytes_of
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+_FILE_DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+}  # fmt: skip
+_PIECE = 16 * 1024 * 1024
+"""Bytes converted at a time, so that a load needs little beside the weights themselves."""
+
+
+class WeightSource(Protocol):
+    """Tensors by their Hugging Face names."""
+
+    def names(self) -> tuple[str, ...]: ...
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One tensor on the CPU. Raises CheckpointError when it is missing or cannot be read."""
+
+
+def weight_source(checkpoint: Checkpoint) -> WeightSource:
+    if checkpoint.format == "gguf":
+        from cake_llama.gguf_weights import GgufWeights
+
+        return GgufWeights(checkpoint)
+    return SafetensorsWeights(checkpoint)
+
+
+class SafetensorsWeights:
+    """Reads straight into the tensor it returns: a mapped file would count twice in the process' memory while it is copied."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._path = checkpoint.path
+        self._tensors = checkpoint.tensors
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        info = self._tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self._path} has no tensor {name}; download it again")
+        stored = _FILE_DTYPES.get(info.dtype)
+        if stored is None:
+            raise UnsupportedModel(f"{self._path}: tensor {name} is of type {info.dtype}; served are {', '.join(_FILE_DTYPES)}")
+        result = torch.empty(info.shape, dtype=dtype)
+        flat = result.view(-1)
+        step = flat.numel() if stored is dtype else _PIECE // stored.itemsize
+        for start in range(0, flat.numel(), max(1, step)):
+            piece = flat[start : start + step]
+            if stored is dtype:
+                _read(info, start * stored.itemsize, piece)
+            else:
+                raw = torch.empty(piece.numel(), dtype=stored)
+                _read(info, start * stored.itemsize, raw)
+                piece.copy_(raw)
+        return result
+
+
+def _read(info: TensorInfo, start: int, into: torch.Tensor) -> None:
+    view = bytes_of(into)
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset + start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{info.file} ends within {info.name}; download it again")
+                view = view[count:]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {info.file}: {error.strerror}") from error

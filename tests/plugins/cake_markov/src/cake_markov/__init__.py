@@ -1,0 +1,1 @@
+"""A Cake model plugin: a recurrent toy in plain Python."""

@@ -1,0 +1,11 @@
+from collections.abc import Iterable
+
+from cake_core import hookimpl
+from cake_core.model import Backend
+
+
+@hookimpl
+def cake_register_backends() -> Iterable[Backend]:
+    from cake_markov.backend import MarkovBackend
+
+    return [MarkovBackend()]

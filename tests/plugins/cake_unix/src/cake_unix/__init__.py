@@ -1,0 +1,1 @@
+"""A Cake transport plugin: messages over Unix domain sockets."""

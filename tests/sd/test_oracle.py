@@ -1,0 +1,201 @@
+"""Split over nodes or not: the same bits as the plain diffusers pipeline in one process."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cake_core.requests import ImageRequest
+from cake_sd.quiet import auto_pipeline
+
+FAMILIES = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux", "pixart")
+WITH_IMG2IMG = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux")
+PROMPT, NEGATIVE = "a red apple", "grey"
+
+
+@pytest.fixture
+def kit() -> Any:
+    import sys
+
+    return next(module for name, module in sys.modules.items() if name.endswith("conftest") and hasattr(module, "BUILDERS"))
+
+
+def _call(family: str, **extra: Any) -> dict[str, Any]:
+    call = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 0.0 if family == "turbo" else 5.0, **extra}
+    if family in ("sd15", "sd21", "sdxl", "sd3", "pixart"):
+        call["negative_prompt"] = NEGATIVE
+    if family == "pixart":
+        call["use_resolution_binning"] = False
+    return call
+
+
+def _request(family: str, **extra: Any) -> ImageRequest:
+    negative = NEGATIVE if "negative_prompt" in _call(family) else ""
+    return ImageRequest(
+        PROMPT, negative, steps=3, guidance=0.0 if family == "turbo" else 5.0, seed=7, **{"width": 64, "height": 48, **extra}
+    )
+
+
+def _png(width: int = 64, height: int = 48, mode: str = "RGB") -> tuple[Any, bytes]:
+    from PIL import Image
+
+    image = Image.new(mode, (width, height))
+    for x in range(width):
+        for y in range(height):
+            value = (x * 4 % 256, y * 5 % 256, (x * y) % 256)
+            image.putpixel((x, y), value if mode == "RGB" else 255 * (x > width // 2))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return image, file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_to_image_is_diffusers_bit_for_bit(
+    kit: Any, model: Callable[[str], Path], cluster: Any, family: str, dtype: str
+) -> None:
+    folder = model(family)
+    expected = kit.pictures(kit.plain(folder, dtype), 7, width=64, height=48, **_call(family))
+    for remote in ((), ("clip", "clip2", "clip3", "unet", "transformer", "vae")):
+        assert cluster(folder, remote, dtype).paint(_request(family)) == expected, f"remote: {remote}"
+
+
+@pytest.mark.parametrize("family", WITH_IMG2IMG)
+def test_image_to_image_is_diffusers_bit_for_bit(kit: Any, model: Callable[[str], Path], cluster: Any, family: str) -> None:
+    folder = model(family)
+    image, data = _png()
+    pipeline = auto_pipeline().AutoPipelineForImage2Image.from_pipe(kit.plain(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"width": 64, "height": 48} if family in ("flux", "sd3") else {}
+    expected = kit.pictures(pipeline, 7, image=image, strength=0.7, **size, **_call(family))
+    request = _request(family, init_image=data, strength=0.7)
+    for remote in ((), ("clip", "clip2", "clip3", "unet", "transformer", "vae")):
+        assert cluster(folder, remote).paint(request) == expected, f"remote: {remote}"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_inpainting_is_diffusers_bit_for_bit(kit: Any, model: Callable[[str], Path], cluster: Any, family: str) -> None:
+    folder = model(family)
+    image, data = _png()
+    mask, mask_data = _png(mode="L")
+    pipeline = auto_pipeline().AutoPipelineForInpainting.from_pipe(kit.plain(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    expected = kit.pictures(pipeline, 7, image=image, mask_image=mask, strength=0.9, width=64, height=48, **_call(family))
+    request = _request(family, init_image=data, mask=mask_data, strength=0.9)
+    for remote in ((), ("clip", "clip2", "unet", "vae")):
+        assert cluster(folder, remote).paint(request) == expected, f"remote: {remote}"
+
+
+@pytest.mark.parametrize("remote", [("clip",), ("unet",), ("vae",), ("clip", "vae"), ("clip", "unet"), ("unet", "vae")])
+def test_every_split_paints_the_same(kit: Any, model: Callable[[str], Path], cluster: Any, remote: tuple[str, ...]) -> None:
+    folder = model("sd15")
+    expected = kit.pictures(kit.plain(folder), 7, width=64, height=48, **_call("sd15"))
+    assert cluster(folder, remote).paint(_request("sd15")) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("start", [False, True])
+def test_the_loop_beside_the_denoiser_is_the_same(
+    kit: Any, model: Callable[[str], Path], cluster: Any, family: str, start: bool
+) -> None:
+    if start and family not in WITH_IMG2IMG:
+        pytest.skip("no image-to-image pipeline")
+    folder = model(family)
+    request = _request(family, **({"init_image": _png()[1], "strength": 0.7} if start else {}))
+    remote = ("unet", "transformer")
+    stepwise, looping = cluster(folder, remote), cluster(folder, remote, loop="worker")
+    assert looping.paint(request) == stepwise.paint(request)
+    (wire,) = next(iter(looping.wires.values()))
+    assert "forward" not in wire.methods
+    assert wire.methods.count("loop_begin") == 1
+
+
+def test_inpainting_in_a_loop_beside_the_denoiser(kit: Any, model: Callable[[str], Path], cluster: Any) -> None:
+    request = _request("sd15", init_image=_png()[1], mask=_png(mode="L")[1], strength=0.9)
+    folder = model("sd15")
+    assert cluster(folder, ("unet",), loop="worker").paint(request) == cluster(folder).paint(request)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+def test_a_master_without_weights_is_enough(
+    kit: Any, model: Callable[[str], Path], cluster: Any, tmp_path: Path, family: str
+) -> None:
+    folder = model(family)
+    bare = kit.weightless(folder, tmp_path / "bare")
+    assert not list(bare.rglob("*.safetensors"))
+    everything = ("clip", "clip2", "clip3", "unet", "transformer", "vae")
+    expected = cluster(folder).paint(_request(family))
+    assert cluster(folder, everything, master=bare).paint(_request(family)) == expected
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_clip_skip_takes_an_earlier_state(
+    kit: Any, model: Callable[[str], Path], cluster: Any, family: str, clip_skip: int
+) -> None:
+    folder = model(family)
+    pipeline = kit.plain(folder)
+    if family == "sd15" and not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers looks for the norm one level deeper than newer transformers have it
+        object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
+    expected = kit.pictures(pipeline, 7, width=64, height=48, clip_skip=clip_skip, **_call(family))
+    request = _request(family, extra={"clip_skip": clip_skip})
+    for remote in ((), ("clip", "clip2")):
+        assert cluster(folder, remote).paint(request) == expected
+    assert cluster(folder).paint(_request(family)) != expected
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler-ancestral", "heun", "dpm++", "unipc", "ddpm", "kdpm2", "pndm"])
+def test_schedulers_are_those_of_diffusers(kit: Any, model: Callable[[str], Path], cluster: Any, name: str) -> None:
+    import diffusers
+
+    from cake_sd.versions import SCHEDULERS
+
+    folder = model("sd15")
+    pipeline = kit.plain(folder)
+    pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+    expected = kit.pictures(pipeline, 7, width=64, height=48, **_call("sd15"))
+    assert cluster(folder, ("unet",)).paint(_request("sd15", extra={"scheduler": name})) == expected
+
+
+@pytest.mark.parametrize("parallel", ["images", "guidance"])
+def test_several_images_are_each_their_seed(kit: Any, model: Callable[[str], Path], cluster: Any, parallel: str) -> None:
+    folder = model("sd15")
+    pipeline = kit.plain(folder)
+    expected = [kit.pictures(pipeline, 7 + k, width=64, height=48, **_call("sd15"))[0] for k in range(4)]
+    made = cluster(folder, ("unet",), replicas={"unet": 2}, parallel=parallel)
+    painted = made.paint(_request("sd15", images=4))
+    if parallel == "images":
+        assert painted == expected
+        calls = [wire.methods.count("forward") for wire in made.wires["unet"]]
+        assert sum(calls) == 4 * 4
+        assert min(calls) >= 4, "both replicas painted"
+    else:
+        worst = max(abs(a - b) for one, other in zip(painted, expected, strict=True) for a, b in zip(one, other, strict=True))
+        assert worst <= 1
+        assert [wire.methods.count("forward") for wire in made.wires["unet"]] == [4 * 4, 4 * 4]
+
+
+def test_a_batch_is_what_diffusers_makes_of_a_batch(kit: Any, model: Callable[[str], Path], cluster: Any) -> None:
+    import torch
+
+    folder = model("sd15")
+    generators = [torch.Generator("cpu").manual_seed(7 + k) for k in range(3)]
+    expected = kit.plain(folder)(
+        generator=generators, num_images_per_prompt=3, width=64, height=48, output_type="pil", **_call("sd15")
+    )
+    painted = cluster(folder, ("unet", "vae")).paint(_request("sd15", images=3, extra={"batch": 3}))
+    assert painted == [image.tobytes() for image in expected.images]
+
+
+def test_flux_with_a_negative_prompt_guides_by_it(kit: Any, model: Callable[[str], Path], cluster: Any) -> None:
+    folder = model("flux")
+    call = _call("flux", negative_prompt=NEGATIVE, true_cfg_scale=3.0, guidance_scale=3.0)
+    expected = kit.pictures(kit.plain(folder), 7, width=64, height=48, **call)
+    request = ImageRequest(PROMPT, NEGATIVE, steps=3, guidance=3.0, seed=7, width=64, height=48)
+    for options in ({}, {"loop": "worker"}):
+        assert cluster(folder, ("transformer", "vae"), **options).paint(request) == expected
