@@ -63,14 +63,18 @@ class Gate:
 
     def close(self) -> None:
         """Stops listening and ends every connection that `accept` has not returned. Idempotent."""
-        self._shut()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._listener.close()
         self._thread.join(self._limits.seconds)
+        self._shut()
 
     def _shut(self) -> None:
         with self._changed:
             self._closed = True
             left = [*self._strangers, *(channel for channel, _ in self._admitted)]
+            self._strangers.clear()
             self._admitted.clear()
             self._changed.notify_all()
         for channel in left:
@@ -176,7 +180,7 @@ class Gate:
 
     def _refuse(self, channel: Channel, error: CakeError, proved: bool = False) -> None:
         with self._changed:
-            expected = not self._strangers.leave(channel) or self._closed
+            expected = not self._strangers.leave(channel)  # it was evicted, or the gate is closing
         if proved:
             channel.close()  # in order: our proof and hello still arrive, so the other end can say the same
         else:

@@ -49,6 +49,9 @@ class Strangers:
         """Frees a slot; whether the connection still had it."""
         return self._here.pop(channel, None) is not None
 
+    def clear(self) -> None:
+        self._here.clear()
+
     def overdue(self, now: float) -> list[Channel]:
         return [channel for channel, (_, until) in self._here.items() if until <= now]
 

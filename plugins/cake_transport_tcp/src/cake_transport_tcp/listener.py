@@ -67,6 +67,8 @@ class TcpListener(PollingListener):
         if not self._accepting.acquire(timeout=-1 if timeout is None else timeout):
             raise DeadlineExceeded(f"nobody connected to {self.address} in time")
         try:
+            if self._closed:
+                raise ChannelClosed(f"{self.address} is closed")
             yield
         finally:
             self._accepting.release()
@@ -76,9 +78,7 @@ class TcpListener(PollingListener):
         """Those who have connected already, `most` at once."""
         found: list[TcpChannel] = []
         for sock in self._sockets:
-            while len(found) < most:
-                if self._closed:
-                    raise ChannelClosed(f"{self.address} is closed")
+            while len(found) < most and not self._closed:
                 try:
                     connection, where = sock.accept()
                 except ConnectionAbortedError:
@@ -93,6 +93,10 @@ class TcpListener(PollingListener):
                     break
                 with contextlib.suppress(OSError):  # it may have gone again already
                     found.append(self._welcome(connection, name(where)))
+        if self._closed:
+            for channel in found:
+                channel.abort()
+            raise ChannelClosed(f"{self.address} is closed")
         return found
 
     def _wait(self, watched: Sequence[TcpChannel], timeout: float | None) -> list[TcpChannel]:
