@@ -95,14 +95,15 @@ def workers(folder: Path, layers: Mapping[str, str], named: Sequence[str]) -> It
             process.terminate()
         for process in processes:
             process.wait(10)
+    except BaseException:
+        # From here on nothing may stop the end: a terminal and a test runner send the signal twice.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise
     finally:
-        # A second Ctrl-C must not stop this half-way.
-        ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         for process in processes:
             process.kill()
             process.wait()
-        for number, handler in ignored.items():
-            signal.signal(number, handler)
 
 
 def start(name: str, arguments: Sequence[str]) -> Worker:
