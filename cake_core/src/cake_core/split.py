@@ -155,7 +155,7 @@ def topology_text(node: Node) -> str:
     """A topology of this node alone, as YAML."""
     import yaml
 
-    entry: dict[str, object] = {} if node.host is None else {"host": str(node.host)}
+    entry: dict[str, object] = {} if node.host is None else {"host": str(node.host).removeprefix("tcp://")}
     if node.description:
         entry["description"] = node.description
     return str(yaml.safe_dump({node.name: {**entry, "layers": compress(node.layers)}}, sort_keys=False, allow_unicode=True))
