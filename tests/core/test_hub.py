@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,19 @@ def test_a_broken_download_goes_on_in_the_next_process(hub: Hub, home: Path) -> 
     assert starts(hub) == [0, 5_000_000, 5_000_000]
     assert (Path(found["path"]) / "model.safetensors").read_bytes() == hub.repositories["org/text"]["model.safetensors"]
     assert not list(home.rglob("*.incomplete"))
+
+
+def test_two_pulls_at_once_share_one_download(hub: Hub, home: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: pull(hub, home, "org/text"), range(2)))
+    assert [result["name"] for result in found] == ["org/text"] * 2
+    assert starts(hub) == [0]
+
+
+def test_a_repository_of_gguf_files_stays_one_model_when_several_are_here(hub: Hub, home: Path) -> None:
+    pull(hub, home, "org/gguf:Q8_0")
+    assert pull(hub, home, "org/gguf")["path"].endswith("m-Q4_K_M.gguf")
+    assert pull(hub, home, "org/gguf")["path"].endswith("m-Q4_K_M.gguf")
 
 
 def test_damage_on_the_way_is_noticed(hub: Hub, home: Path) -> None:

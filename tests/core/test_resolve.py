@@ -240,7 +240,8 @@ def test_list_shows_whole_and_partial_models(tmp_path: Path) -> None:
     files = toy_files(tmp_path)
     cache("org/whole", files)
     cache("org/partial", {"config.json": b"{}"}, partial=True)
-    cache("org/quant", {"m-Q8_0.gguf": toy_gguf(tmp_path / "x.gguf").read_bytes()})
+    data = toy_gguf(tmp_path / "x.gguf").read_bytes()
+    cache("org/quant", {"m-Q8_0.gguf": data, "sub/m-Q4_0.gguf": data, "half-00001-of-00002.gguf": data})
     write_toy_checkpoint(tmp_path / "mine" / "toy")
     toy_gguf(tmp_path / "mine" / "good.gguf")
     (tmp_path / "mine" / "bad.gguf").write_bytes(b"GGUF")
@@ -249,6 +250,7 @@ def test_list_shows_whole_and_partial_models(tmp_path: Path) -> None:
     assert {reference: (model.format, model.status) for reference, model in found.items()} == {
         "org/partial": ("", "partial"),
         "org/quant/m-Q8_0.gguf": ("gguf", "complete"),
+        "org/quant/sub/m-Q4_0.gguf": ("gguf", "complete"),
         "org/whole": ("safetensors", "complete"),
         str(tmp_path / "mine" / "bad.gguf"): ("gguf", "damaged"),
         str(tmp_path / "mine" / "good.gguf"): ("gguf", "complete"),

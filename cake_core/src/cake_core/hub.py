@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError
-from cake_core.models import PARTIAL_SUFFIX, HubId, cached, hub_cache, pick_gguf
+from cake_core.models import PARTIAL_SUFFIX, HubId, cached, hub_cache, pick_gguf, snapshot
 
 if TYPE_CHECKING:
     from cake_core.model import Progress
@@ -41,8 +41,10 @@ def pull(hub_id: HubId, progress: Progress | None = None) -> Checkpoint:
     """
     try:
         import huggingface_hub
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
         raise CheckpointError(f"{hub_id} is not here, and downloading needs `pip install 'cake-core[hub]'`") from error
+    disable_progress_bars()  # ours is one bar for all files
     try:
         info = huggingface_hub.HfApi().model_info(hub_id.repo, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
@@ -119,16 +121,18 @@ def _diffusers_files(names: list[str]) -> list[str]:
 
 
 def _check_space(hub_id: HubId, sizes: Mapping[str, int]) -> None:
-    folder = hub_id.folder
-    here = sum(file.stat().st_size for file in folder.glob("blobs/*") if file.is_file())
+    folder, here = hub_id.folder, snapshot(hub_id)
+    begun = sum(file.stat().st_size for file in folder.glob(f"blobs/*{PARTIAL_SUFFIX}"))
+    missing = sum(size for name, size in sizes.items() if here is None or not (here / name).is_file()) - begun
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free, missing = shutil.disk_usage(existing).free, sum(sizes.values()) - here
+    free = shutil.disk_usage(existing).free
     if missing > free:
         raise OSError(errno.ENOSPC, f"{missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free")
 
 
 def _fetch_blob(repo: str, name: str, progress: Progress) -> None:
     """Brings one large file into the cache as a blob, going on where an earlier attempt stopped."""
+    from filelock import FileLock
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(repo, name)
@@ -136,15 +140,22 @@ def _fetch_blob(repo: str, name: str, progress: Progress) -> None:
     etag, size = metadata.etag, metadata.size
     if not etag or not size or not re.fullmatch(r"[0-9A-Za-z_.-]+", etag):
         return  # a server that says too little about the file: the library downloads it in its own way
-    blob = HubId(repo).folder / "blobs" / etag
+    folder = HubId(repo).folder
+    lock = hub_cache() / ".locks" / folder.name / f"{etag}.lock"  # where huggingface_hub has it, too
+    for path in (lock.parent, folder / "blobs"):
+        path.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        _fetch_locked(url, metadata.location, folder / "blobs" / etag, size, progress)
+
+
+def _fetch_locked(url: str, location: str, blob: Path, size: int, progress: Progress) -> None:
     if blob.exists():
         return
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    partial = blob.with_name(etag + PARTIAL_SUFFIX)
-    _download(url, metadata.location, partial, size, progress)
-    if re.fullmatch(r"[0-9a-f]{64}", etag) and _sha256(partial) != etag:
+    partial = blob.with_name(blob.name + PARTIAL_SUFFIX)
+    _download(url, location, partial, size, progress)
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and _sha256(partial) != blob.name:
         partial.unlink()
-        raise CheckpointError(f"{name} of {repo} arrived damaged and was deleted; pull it again")
+        raise CheckpointError(f"{urlsplit(url).path} arrived damaged and was deleted; pull it again")
     os.replace(partial, blob)
 
 

