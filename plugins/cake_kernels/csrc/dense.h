@@ -1,0 +1,93 @@
+/* f32, f16 and bf16 weights, row after row as in the file. Included once an instruction set.
+
+   bf16 weights meet activations rounded to bf16, the others f32 ones; sums are f32. The order of summation does not depend on
+   the batch. */
+
+#define DENSE_LANES 16
+
+static INLINE vf widen_type_(const int type, const void *p, int64_t i) {
+  switch (type) {
+    case CAKE_F16: return f_half((const uint16_t *)p + i);
+    case CAKE_BF16: return f_bf16((const uint16_t *)p + i);
+    default: return f_load((const float *)p + i);
+  }
+}
+
+/* The last cols % 16 columns, filled up with zeros. */
+static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t count) {
+  union {
+    float f[DENSE_LANES];
+    uint16_t h[DENSE_LANES];
+  } tail = {{0}};
+  size_t size = type == CAKE_F32 ? 4 : 2;
+  memcpy(&tail, (const char *)p + (size_t)i * size, (size_t)count * size);
+  return type == CAKE_F32 ? f_load(tail.f) : widen_type_(type, tail.h, 0);
+}
+
+/* nr rows of W by mt rows of x. */
+static INLINE void dense_tile_(const int type, const int nr, const int mt, const cake_matrix *w, int32_t row, const void *x,
+                               int64_t x_stride, float *y, int64_t y_stride) {
+  const int x_type = type == CAKE_BF16 ? CAKE_BF16 : CAKE_F32;
+  const size_t size = type == CAKE_F32 ? 4 : 2, x_size = x_type == CAKE_F32 ? 4 : 2;
+  const char *rows = (const char *)w->data + (size_t)row * (size_t)w->cols * size;
+  vf acc[4][DENSE_ROWS];
+  UNROLL for (int r = 0; r < nr; r++) UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_zero();
+  int32_t k = 0, full = w->cols / DENSE_LANES * DENSE_LANES;
+  for (; k < full; k += DENSE_LANES) {
+    vf b[DENSE_ROWS];
+    UNROLL for (int m = 0; m < mt; m++) b[m] = widen_type_(x_type, (const char *)x + (size_t)(m * x_stride) * x_size, k);
+    UNROLL for (int r = 0; r < nr; r++) {
+      vf a = widen_type_(type, rows + (size_t)r * (size_t)w->cols * size, k);
+      UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_fma(a, b[m], acc[r][m]);
+    }
+  }
+  if (k < w->cols) {
+    for (int m = 0; m < mt; m++) {
+      vf b = widen_tail_(x_type, (const char *)x + (size_t)(m * x_stride) * x_size, k, w->cols - k);
+      for (int r = 0; r < nr; r++)
+        acc[r][m] = f_fma(widen_tail_(type, rows + (size_t)r * (size_t)w->cols * size, k, w->cols - k), b, acc[r][m]);
+    }
+  }
+  UNROLL for (int m = 0; m < mt; m++) UNROLL for (int r = 0; r < nr; r++) y[m * y_stride + row + r] = f_sum(acc[r][m]);
+}
+
+static INLINE void dense_type_(const int type, const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end,
+                               float *y, int64_t y_stride) {
+  const int64_t x_stride = type == CAKE_BF16 ? w->cols : a->f32_stride;
+  const size_t x_size = type == CAKE_BF16 ? 2 : 4;
+  if (end > w->rows) end = w->rows;
+  for (int32_t first = 0; first < m;) {
+    int32_t mt = m - first >= DENSE_ROWS ? DENSE_ROWS : 1;
+    const char *x = (type == CAKE_BF16 ? (const char *)a->bf16 : (const char *)a->f32) + (size_t)(first * x_stride) * x_size;
+    float *out = y + first * y_stride;
+    int32_t row = begin;
+    for (; row + 4 <= end; row += 4) {
+      if (mt == DENSE_ROWS) dense_tile_(type, 4, DENSE_ROWS, w, row, x, x_stride, out, y_stride);
+      else dense_tile_(type, 4, 1, w, row, x, x_stride, out, y_stride);
+    }
+    for (; row < end; row++) {
+      if (mt == DENSE_ROWS) dense_tile_(type, 1, DENSE_ROWS, w, row, x, x_stride, out, y_stride);
+      else dense_tile_(type, 1, 1, w, row, x, x_stride, out, y_stride);
+    }
+    first += mt;
+  }
+}
+
+#define FOR_TYPE(T)                                                                                                          \
+  static void dense_##T(const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end, float *y,         \
+                        int64_t y_stride) {                                                                                  \
+    dense_type_(CAKE_##T, w, a, m, begin, end, y, y_stride);                                                                 \
+  }
+FOR_TYPE(F32)
+FOR_TYPE(F16)
+FOR_TYPE(BF16)
+#undef FOR_TYPE
+
+static void matmul_any(const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end, float *y,
+                       int64_t y_stride) {
+  switch (w->type) {
+    case CAKE_F32: dense_F32(w, a, m, begin, end, y, y_stride); break;
+    case CAKE_F16: dense_F16(w, a, m, begin, end, y, y_stride); break;
+    default: matmul_units(w, a, m, begin, end, y, y_stride);
+  }
+}

@@ -1,0 +1,3 @@
+#include "vec_scalar.h"
+
+#include "table.h"
