@@ -81,7 +81,6 @@ typedef struct {
   const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias;
   void *keys, *values;          /* [blocks, kv_block, kv_heads, head_dim] */
   float *key_scale, *value_scale; /* CAKE_I8: [blocks, kv_block, kv_heads] */
-  const float *rotary;          /* [positions, 2, rotary_dim / 2]: cosines, then sines */
   int32_t window;               /* positions attended to, 0: all */
 } cake_layer;
 
@@ -90,6 +89,7 @@ typedef struct {
   int32_t rows, table_stride;
   const int32_t *positions; /* [rows] */
   const int32_t *tables;    /* [rows, table_stride]: KV block numbers of each row's sequence */
+  const float *cosines, *sines; /* [rows, rotary_dim / 2]: of each row's angles */
 } cake_step;
 
 /* x[rows, hidden] through `count` layers, in place; writes the rows' keys and values into the cache. 0, or -1: no memory. */

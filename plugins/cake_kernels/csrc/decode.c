@@ -54,9 +54,7 @@ static void qkv_phase(const decode_job *job, cake_pool *pool, const cake_layer *
   cake_barrier(pool);
 }
 
-static void rotate(float *head, const float *table, int32_t dim) {
-  const int32_t half = dim / 2;
-  const float *cosines = table, *sines = table + half;
+static void rotate(float *head, const float *cosines, const float *sines, int32_t half) {
   for (int32_t i = 0; i < half; i++) {
     float a = head[i], b = head[i + half];
     head[i] = a * cosines[i] - b * sines[i];
@@ -64,10 +62,11 @@ static void rotate(float *head, const float *table, int32_t dim) {
   }
 }
 
-static void position_head(const decode_job *job, const float *norm, const float *table, float *head) {
+static void position_head(const decode_job *job, const float *norm, int32_t row, float *head) {
   const cake_shape *s = job->shape;
+  const int32_t half = s->rotary_dim / 2;
   if (norm != NULL) job->ops->rms_norm(head, norm, s->norm_eps, s->head_dim, head);
-  rotate(head, table, s->rotary_dim);
+  rotate(head, job->step->cosines + (int64_t)row * half, job->step->sines + (int64_t)row * half, half);
 }
 
 static size_t kv_size(int32_t type) { return type == CAKE_F32 ? 4 : type == CAKE_I8 ? 1 : 2; }
@@ -79,11 +78,10 @@ static void cache_phase(const decode_job *job, cake_pool *pool, const cake_layer
   int32_t task;
   while ((task = cake_next(pool, job->step->rows * s->kv_heads)) >= 0) {
     int32_t row = task / s->kv_heads, head = task % s->kv_heads, position = job->step->positions[row];
-    const float *table = layer->rotary + (int64_t)position * s->rotary_dim;
     float *q = job->q + (int64_t)row * width_q(s) + head * job->queries * dim;
     float *k = job->k + (int64_t)row * width_kv(s) + head * dim, *v = job->v + (int64_t)row * width_kv(s) + head * dim;
-    for (int32_t i = 0; i < job->queries; i++) position_head(job, layer->q_norm, table, q + i * dim);
-    position_head(job, layer->k_norm, table, k);
+    for (int32_t i = 0; i < job->queries; i++) position_head(job, layer->q_norm, row, q + i * dim);
+    position_head(job, layer->k_norm, row, k);
     int64_t block = job->step->tables[(int64_t)row * job->step->table_stride + position / s->kv_block];
     int64_t slot = (block * s->kv_block + position % s->kv_block) * s->kv_heads + head;
     size_t at = (size_t)(slot * dim) * kv_size(s->kv_type);

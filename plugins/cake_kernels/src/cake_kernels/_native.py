@@ -32,22 +32,26 @@ class Shape(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """One layer: seven matrices, then addresses of f32 vectors (None: absent), of its KV cache and of the rotary table."""
+    """One layer: seven matrices, then addresses of f32 vectors (None: absent) and of its KV cache."""
 
     _fields_ = (
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, c_void_p) for name in (
             "attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias",
-            "keys", "values", "key_scale", "value_scale", "rotary",
+            "keys", "values", "key_scale", "value_scale",
         )),
         ("window", c_int32),
     )  # fmt: skip
 
 
 class Step(ctypes.Structure):
-    """The positions of a decode step: addresses of i32 `positions` [rows] and KV block `tables` [rows, table_stride]."""
+    """The positions of a decode step: addresses of i32 `positions` [rows] and KV block `tables` [rows, table_stride], and of
+    f32 `cosines` and `sines` [rows, rotary_dim / 2]."""
 
-    _fields_ = (("rows", c_int32), ("table_stride", c_int32), ("positions", c_void_p), ("tables", c_void_p))
+    _fields_ = (
+        ("rows", c_int32), ("table_stride", c_int32), ("positions", c_void_p), ("tables", c_void_p),
+        ("cosines", c_void_p), ("sines", c_void_p),
+    )  # fmt: skip
 
 
 def load(path: Path = LIBRARY) -> ctypes.CDLL:
