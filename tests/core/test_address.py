@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cake_core.errors import ConfigError
@@ -47,7 +47,6 @@ def test_says_what_is_wrong(text, message):
 
 
 @given(st.text(max_size=20))
-@settings(derandomize=True, database=None)
 def test_anything_is_an_address_or_a_config_error(text):
     try:
         address = Address.parse(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cake_core.errors import ConfigError, DeadlineExceeded, ProtocolError, StageError
@@ -44,7 +44,6 @@ def test_tensors_take_any_buffer():
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1)))
-@settings(derandomize=True, database=None)
 def test_int32_goes_there_and_back(values):
     assert int32_values(int32_tensor(values)) == values
 
@@ -61,7 +60,6 @@ def test_values_of_another_dtype_are_refused():
     st.sampled_from(sorted(DTYPE_SIZES)),
     st.integers(1, 3),
 )
-@settings(derandomize=True, database=None)
 def test_split_and_join_are_inverse(lengths, dtype, width):
     rows = tuple(Row(session, 0, length) for session, length in enumerate(lengths))
     total = sum(lengths)

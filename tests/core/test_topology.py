@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cake_core.errors import TopologyError
@@ -90,7 +90,6 @@ def test_a_name_that_is_not_there_suggests_the_nearest():
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a.", "model.layers.", "b-"]), st.integers(0, 30)), unique=True, max_size=30))
-@settings(derandomize=True, database=None)
 def test_compress_and_expand_are_inverse(pairs):
     names = tuple(f"{prefix}{index}" for prefix, index in pairs)
     assert tuple(name for entry in compress((*names, "lm_head")) for name in expand(entry)) == (*names, "lm_head")

@@ -1,0 +1,13 @@
+"""Property tests are the same on every run; `HYPOTHESIS_PROFILE=fuzz` searches further."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile(
+    "fuzz", max_examples=10_000, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
