@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -24,6 +25,16 @@ from cake_core.topology import MASTER, Topology
 def plugin(**hooks):
     """A plugin object with these hooks."""
     return types.SimpleNamespace(**{name: hookimpl(function) for name, function in hooks.items()})
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_logged():
+    """The command line, which other tests run in this process, silences this logger."""
+    logger = logging.getLogger("cake_core.plugins")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
