@@ -133,7 +133,7 @@ class _Reader:
             rope=self.rope(head_dim),
             windows=self.windows(family, layers),
             qkv_bias=bias if family.attention_bias is None else family.attention_bias,
-            output_bias=bias if family.attention_bias is None else False,
+            output_bias=self.flag("attention_out_bias", bias) if family.attention_bias is None else False,
             mlp_bias=self.flag("mlp_bias"),
             qk_norm=family.qk_norm,
             fused=family.fused,
@@ -152,7 +152,7 @@ class _Reader:
         if kind not in ROPE_KINDS:
             raise UnsupportedModel(f"{self._path} scales positions by {kind!r}; served are {', '.join(ROPE_KINDS)}")
         original = self._values.get("original_max_position_embeddings")
-        if original and not parameters.get("original_max_position_embeddings"):
+        if original:  # beside the scaling it counts for more than within
             parameters["original_max_position_embeddings"] = original
         theta = parameters.get("rope_theta") or self.number("rope_theta", 10000.0)
         share = parameters.get("partial_rotary_factor") or self.number("partial_rotary_factor", 1.0)
@@ -164,13 +164,13 @@ class _Reader:
             raise CheckpointError(f"{self._path}: sliding_window is {window!r}; download config.json again")
         if window is None or family.windows == "none":
             return (None,) * layers
-        kinds = self._values.get("layer_types")
-        if isinstance(kinds, list) and len(kinds) == layers:
-            return tuple(window if kind == "sliding_attention" else None for kind in kinds)
         if family.windows == "all":
             return (window,) * layers
         if not self.flag("use_sliding_window"):
             return (None,) * layers
+        kinds = self._values.get("layer_types")
+        if isinstance(kinds, list) and len(kinds) == layers:
+            return tuple(window if kind == "sliding_attention" else None for kind in kinds)
         first = self.count("max_window_layers", layers)
         return tuple(window if index >= first else None for index in range(layers))
 
@@ -178,8 +178,8 @@ class _Reader:
         name = str(self._values.get("dtype") or self._values.get("torch_dtype") or "")
         return {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(name.removeprefix("torch."), "f32")
 
-    def flag(self, key: str) -> bool:
-        return bool(self._values.get(key, False))
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self._values.get(key, default))
 
     def count(self, key: str, default: int | None = None) -> int:
         found = self._values.get(key)

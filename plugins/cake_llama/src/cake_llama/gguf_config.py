@@ -67,6 +67,7 @@ class _Reader:
             "sliding_window": self.value("attention.sliding_window") or None,
             "use_sliding_window": bool(self.value("attention.sliding_window")),
             "attention_bias": "blk.0.attn_q.bias" in self.headers,
+            "attention_out_bias": "blk.0.attn_output.bias" in self.headers,
             "mlp_bias": "blk.0.ffn_up.bias" in self.headers,
             "hidden_act": "silu",
             "dtype": self.dtype(),

@@ -138,10 +138,9 @@ class Loader:
         self._moved(loaded.numel() * loaded.element_size())
         return loaded
 
-    def linear(self, names: Sequence[str]) -> Project:
+    def linear(self, names: Sequence[str], bias: bool = False) -> Project:
         weights = self._stacked([f"{name}.weight" for name in names])
-        biased = [f"{name}.bias" for name in names if f"{name}.bias" in self._names]
-        return Linear(weights, self._stacked(biased) if biased else None)
+        return Linear(weights, self._stacked([f"{name}.bias" for name in names]) if bias else None)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.tensor(f"{name}.weight"), self._config.norm_eps)
@@ -155,13 +154,13 @@ class Loader:
             place,
             config.windows[index],
             self.norm(names["input_norm"][0]),
-            self.linear(names["qkv"]),
+            self.linear(names["qkv"], config.qkv_bias),
             q_norm,
             k_norm,
-            self.linear(names["output"]),
+            self.linear(names["output"], config.output_bias),
             self.norm(names["post_norm"][0]),
-            self.linear(names["gate_up"]),
-            self.linear(names["down"]),
+            self.linear(names["gate_up"], config.mlp_bias),
+            self.linear(names["down"], config.mlp_bias),
         )
 
     def head(self, embedding: Tensor | None) -> Project:

@@ -1,0 +1,32 @@
+"""Tiny checkpoints, written once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.llama.oracle_rig import CASES, Oracle, write_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Oracle]]:
+    """The checkpoint of a case and its oracle."""
+    made: dict[str, tuple[Path, Oracle]] = {}
+
+    def model_of(name: str) -> tuple[Path, Oracle]:
+        if name not in made:
+            folder = write_checkpoint(tmp_path_factory.mktemp(name), CASES[name])
+            made[name] = folder, Oracle(folder)
+        return made[name]
+
+    return model_of
