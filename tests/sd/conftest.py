@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("ignore:__array_.*:DeprecationWarning"))
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    """This module, whose helpers tests cannot import by a name."""
+    return sys.modules[__name__]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,13 +17,6 @@ WITH_IMG2IMG = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux")
 PROMPT, NEGATIVE = "a red apple", "grey"
 
 
-@pytest.fixture
-def kit() -> Any:
-    import sys
-
-    return next(module for name, module in sys.modules.items() if name.endswith("conftest") and hasattr(module, "BUILDERS"))
-
-
 def _call(family: str, **extra: Any) -> dict[str, Any]:
     call = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 0.0 if family == "turbo" else 5.0, **extra}
     if family in ("sd15", "sd21", "sdxl", "sd3", "pixart"):

@@ -18,7 +18,7 @@ from cake_sd.links import Job, RemoteLink, Replicas
 from cake_sd.loading import resolve_class
 from cake_sd.options import SdOptions
 from cake_sd.quiet import auto_pipeline
-from cake_sd.shells import build_shell
+from cake_sd.shells import build_shell, settle
 from cake_sd.versions import SCHEDULERS
 
 Task = Literal["text2img", "img2img", "inpaint"]
@@ -98,8 +98,7 @@ class Lane:
                 f"{self._checkpoint.path}: no {self._index.get('_class_name')} can be made of it ({reason}); the master needs "
                 "its model_index.json, scheduler, tokenizers and the config.json of each component"
             ) from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return settle(pipeline)
 
     @property
     def _index(self) -> Mapping[str, Any]:
@@ -161,8 +160,7 @@ def task_pipeline(base: Any, task: Task) -> Any:
         pipeline = makers[task].from_pipe(base)
     except (ValueError, TypeError) as error:
         raise RequestError(f"{type(base).__name__} has no {task}; send a request without an image", "init_image") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return settle(pipeline)
 
 
 def make_scheduler(own: Any, name: str | None) -> Any:

@@ -18,7 +18,7 @@ import torch
 from cake_core.errors import CakeError, Cancelled, StageError
 from cake_sd.components import Arguments, Results
 from cake_sd.quiet import auto_pipeline
-from cake_sd.shells import Decoded, build_shell
+from cake_sd.shells import Decoded, build_shell, settle
 from cake_sd.steps import Step, watch
 from cake_sd.versions import SCHEDULERS
 
@@ -115,8 +115,7 @@ def _build(component: DenoiserComponent, pipeline: str, arguments: Arguments) ->
                 if name != "self" and (name in parts or parameter.default is inspect.Parameter.empty)}  # fmt: skip
     if "requires_safety_checker" in names:
         required["requires_safety_checker"] = False
-    built = real(**required)
-    built.set_progress_bar_config(disable=True)
+    built = settle(real(**required))
     encoded = iter(arguments["encoded"])
     built.encode_prompt = lambda *_args, **_kwargs: tuple(next(encoded))
     return built

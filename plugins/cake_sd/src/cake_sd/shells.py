@@ -187,3 +187,12 @@ def _refuse(name: str) -> Callable[..., Any]:
         raise RequestError(f"{name} would act on a component without weights; set it on the node that holds it")
 
     return refused
+
+
+def settle(pipeline: Any) -> Any:
+    """Makes a pipeline over shells quiet: no progress bar, and nothing to upcast, since an autoencoder that overflows in f16
+    was loaded in f32. The pipeline still believes it did and hands f32 latents to it, as diffusers does."""
+    pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "upcast_vae"):
+        pipeline.upcast_vae = lambda: None
+    return pipeline
