@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from cake_core.errors import (
-    CapacityError, Cancelled, CheckpointError, ConfigError, NodeLost, NodeMismatch, StageError, UnsupportedModel,
+    Cancelled,
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    NodeLost,
+    NodeMismatch,
+    StageError,
+    UnsupportedModel,
 )  # fmt: skip
 from cake_core.events import ImageStep
 from cake_core.formats.diffusers import DiffusersCheckpoint
@@ -128,7 +135,7 @@ def test_a_component_of_another_model_is_refused(model: Any, tmp_path: Path) -> 
     info = backend.describe(ours, CPU)
     components = {layer.name: [backend.load(ours, info, layer.name, CPU)] for layer in info.layers}
     components["unet"] = [backend.load(theirs, backend.describe(theirs, CPU), "unet", CPU)]
-    with pytest.raises(NodeMismatch, match="another model than sd15.*same --model"):
+    with pytest.raises(NodeMismatch, match=r"another model than sd15.*same --model"):
         backend.assemble(ours, info, components, CPU)
     del components["unet"]
     with pytest.raises(ConfigError, match="nothing serves unet"):

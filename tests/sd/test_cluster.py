@@ -1,0 +1,204 @@
+"""Over TCP: every family over two workers, and one model over real processes in every split, also when one is killed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cake_core.connect import Connector, Keyring
+from cake_core.events import ImageDone, ImageStep
+from cake_core.formats.diffusers import DiffusersCheckpoint
+from cake_core.model import LoadOptions
+from cake_core.plugins import Plugins
+from cake_core.requests import ImageRequest
+from cake_core.runtime import ImageRuntime, RunSpec, open_image
+from cake_core.split import split
+from cake_core.testing.cluster import LocalCluster
+from cake_core.topology import parse_topology
+from cake_sd import hooks
+from cake_sd.backend import SdBackend
+
+FAMILIES = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux", "pixart")
+REQUEST = ImageRequest("a red apple", width=64, height=48, steps=3, seed=7)
+PATIENCE = 90.0
+
+
+def _plugins() -> Plugins:
+    from cake_transport_tcp import hooks as tcp
+
+    plugins = Plugins(entries=())
+    plugins.register("sd", hooks)
+    plugins.register("tcp", tcp)
+    return plugins
+
+
+def _paint(runtime: ImageRuntime, request: ImageRequest = REQUEST) -> list[bytes]:
+    return [event.rgb for event in runtime.engine.generate(request) if isinstance(event, ImageDone)]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_seeds_own_split_over_tcp(kit: Any, model: Any, family: str, dtype: str) -> None:
+    """The denoiser on one worker, everything else on the other: bit for bit diffusers."""
+    folder, plugins = model(family), _plugins()
+    checkpoint, options = DiffusersCheckpoint(folder), LoadOptions(dtype=dtype, device="cpu")
+    names = [layer.name for layer in plugins.backends["sd"].describe(checkpoint, options).layers]
+    layers = {
+        "w0": [n for n in names if n in ("unet", "transformer")],
+        "w1": [n for n in names if n not in ("unet", "transformer")],
+    }
+    binning = {"use_resolution_binning": False} if family == "pixart" else {}
+    expected = kit.pictures(
+        kit.plain(folder, dtype), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3, **binning
+    )
+    with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], layers, options) as cluster:
+        assert _paint(cluster.open_image()) == expected
+
+
+def test_a_loop_beside_the_denoiser_over_tcp(model: Any) -> None:
+    plugins, checkpoint = _plugins(), DiffusersCheckpoint(model("sdxl"))
+    options = LoadOptions(dtype="f32", device="cpu")
+    with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
+        expected = _paint(cluster.open_image())
+    with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
+        looping = LoadOptions(dtype="f32", device="cpu", extra={"sd_loop": "worker"})
+        runtime = cluster.open_image(options=looping)
+        steps = [event for event in runtime.engine.generate(REQUEST) if isinstance(event, ImageStep)]
+        assert [step.step for step in steps] == list(range(1, steps[0].steps + 1))
+        assert _paint(runtime) == expected
+
+
+def test_bundles_and_a_weightless_master_are_enough(kit: Any, model: Any, tmp_path: Path) -> None:
+    folder, plugins, options = model("sd15"), _plugins(), LoadOptions(dtype="f32", device="cpu")
+    whole = DiffusersCheckpoint(folder)
+    layers = {"w0": ["unet"], "w1": ["clip", "vae"]}
+    topology = parse_topology({name: {"host": "127.0.0.1:1", "layers": found} for name, found in layers.items()})
+    split(whole, SdBackend().describe(whole, options), topology, tmp_path / "out")
+    bundles = {name: DiffusersCheckpoint(tmp_path / f"out/{name}-node/model") for name in layers}
+    assert not list((tmp_path / "out/w0-node").rglob("vae/*.safetensors"))
+    bare = DiffusersCheckpoint(kit.weightless(folder, tmp_path / "bare"))
+    with LocalCluster(plugins, whole, plugins.transports["tcp"], layers, options) as cluster:
+        expected = _paint(cluster.open_image())
+        for name, bundle in bundles.items():
+            cluster.stop(name)
+            cluster.start(name, bundle)
+        cluster.checkpoint = bare
+        assert _paint(cluster.open_image(wait=20.0)) == expected
+
+
+class _Worker:
+    """`cake worker` in a process of its own."""
+
+    def __init__(self, folder: Path, home: Path, name: str, layer: str) -> None:
+        self.name, self.layer = name, layer
+        topology = home / f"{name}.yml"
+        topology.write_text(f"{name}:\n  host: 127.0.0.1:1\n  layers: [{layer}]\n")
+        command = [
+            sys.executable,
+            "-m",
+            "cake_core",
+            "worker",
+            "--model",
+            str(folder),
+            "--model-type",
+            "image",
+            "--device",
+            "cpu",
+        ]
+        command += ["--dtype", "f32", "--topology", str(topology), "--name", name, "--address", "127.0.0.1:0", "--insecure"]
+        environment = {**os.environ, "CAKE_PLUGINS": "sd,tcp", "OMP_NUM_THREADS": "1", "CAKE_CONFIG_DIR": str(home)}
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._ready = threading.Event()
+        self._output: list[str] = []
+        self._port = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout or ():
+            self._output.append(line)
+            if found := re.search(r"listening on tcp://127\.0\.0\.1:(\d+)", line):
+                self._port = int(found[1])
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def port(self) -> int:
+        assert self._ready.wait(PATIENCE), "the worker did not start"
+        assert self._port, "".join(self._output)
+        return self._port
+
+    def end(self, how: int = signal.SIGTERM) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(10)
+        if self.process.stdout:
+            self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def workers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, _Worker]]:
+    """Four processes: each component once, the unet twice."""
+    home = tmp_path_factory.mktemp("workers")
+    layers = {"w0": "unet", "w1": "clip", "w2": "vae", "w3": "unet"}
+    started = {name: _Worker(model("sd15"), home, name, layer) for name, layer in layers.items()}
+    yield started
+    for worker in started.values():
+        worker.end()
+
+
+@contextmanager
+def _master(folder: Path, chosen: list[_Worker], **extra: Any) -> Iterator[ImageRuntime]:
+    plugins = _plugins()
+    entries = {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": [worker.layer]} for worker in chosen}
+    keyring = Keyring(None, folder, True, lambda _key: None)
+    options = LoadOptions(dtype="f32", device="cpu", extra=extra)
+    dial = Connector(plugins, keyring).dial
+    spec = RunSpec(DiffusersCheckpoint(folder), parse_topology(entries), options, dial, wait=30.0)
+    runtime = open_image(plugins, spec)
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+
+
+@pytest.mark.timeout(240)
+def test_every_split_over_real_processes(kit: Any, model: Any, workers: dict[str, _Worker]) -> None:
+    folder = model("sd15")
+    expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3)
+    for count in (1, 2, 3, 4):
+        for names in itertools.combinations(workers, count):
+            with _master(folder, [workers[name] for name in names]) as runtime:
+                assert _paint(runtime) == expected, f"split over {names}"
+
+
+@pytest.mark.timeout(240)
+def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model: Any, workers: dict[str, _Worker]) -> None:
+    folder = model("sd15")
+    request = ImageRequest("a red apple", width=64, height=48, steps=12, seed=7)
+    expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=12)
+    painted: list[bytes] = []
+    with _master(folder, list(workers.values())) as runtime:
+        for event in runtime.engine.generate(request):
+            if isinstance(event, ImageStep) and event.step == 4:
+                workers["w0"].end(signal.SIGKILL)
+            elif isinstance(event, ImageDone):
+                painted.append(event.rgb)
+        assert painted == expected
+        assert {node.name: node.state for node in runtime.nodes()}["w3"] == "up"
