@@ -246,12 +246,36 @@ class Batch:
             yield Batch((row,), {name: _slice(tensor, start, stop) for name, tensor in self.tensors.items()})
             start = stop
 
+    def split_results(self) -> Iterator[Batch]:
+        """One batch a row of what a stage gave: as `split` for hidden states, and each row's share of the answers."""
+        if "hidden" in self.tensors:
+            yield from self.split()
+            return
+        starts = {"sample": 0, "score": 0, "final": 0}
+        for row in self.rows:
+            want = row.want
+            shares = {"sample": want.sample, "score": row.length * want.score, "final": row.length * want.hidden}
+            tensors = {}
+            for name, tensor in self.tensors.items():
+                kind = _SHARES[name]
+                if shares[kind]:
+                    tensors[name] = _slice(tensor, starts[kind], starts[kind] + shares[kind])
+            starts = {kind: start + shares[kind] for kind, start in starts.items()}
+            yield Batch((row,), tensors)
+
     @staticmethod
     def join(batches: Sequence[Batch]) -> Batch:
         """The batches one after another: rows joined, each tensor concatenated along its first dimension."""
         rows = tuple(row for batch in batches for row in batch.rows)
         names = dict.fromkeys(name for batch in batches for name in batch.tensors)
         return Batch(rows, {name: _concatenate([b.tensors[name] for b in batches if name in b.tensors]) for name in names})
+
+
+_SHARES = {
+    "tokens": "sample", "logprobs": "sample", "top_ids": "sample", "top_logprobs": "sample",
+    "score_logprobs": "score", "score_top_ids": "score", "score_top_logprobs": "score", "final": "final",
+}  # fmt: skip
+"""What the first dimension of each answer counts."""
 
 
 def _slice(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -354,6 +378,10 @@ class TextStage(Protocol):
     """A contiguous run of layers, loaded. Blocking; calls come from one thread at a time, and are served in order.
 
     A session is an id; the stage keeps its KV cache, and where `lm_head` lives also its token history and sampler state.
+
+    A stage that completes batches after `submit` has returned and holds both `embed_tokens` and `lm_head` may have an
+    attribute `runs_ahead = True`: then the next position of a session may be submitted, with the token SAMPLED, before its
+    draw has completed.
     """
 
     layers: tuple[str, ...]

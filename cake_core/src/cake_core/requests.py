@@ -59,6 +59,17 @@ class SamplingParams:
         if not 0 <= self.seed < 2**64:
             raise RequestError(f"seed must be between 0 and 2**64 - 1, not {self.seed}", "seed")
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens before it, or on a table of ids."""
+        return bool(
+            self.logit_bias
+            or (self.banned_until and self.min_tokens)
+            or (self.repeat_penalty != 1 and self.repeat_last_n)
+            or self.frequency_penalty
+            or self.presence_penalty
+        )
+
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):

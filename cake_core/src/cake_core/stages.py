@@ -20,6 +20,7 @@ class Stage(Protocol):
 
     node: str
     layers: tuple[str, ...]
+    runs_ahead: bool
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int: ...
 
@@ -38,6 +39,7 @@ class LocalStage:
     def __init__(self, node: str, stage: TextStage) -> None:
         self.node = node
         self.layers = stage.layers
+        self.runs_ahead = bool(getattr(stage, "runs_ahead", False))
         self._stage = stage
         self._lock = threading.Lock()
 
@@ -101,6 +103,7 @@ class RemoteStage:
     def __init__(self, peer: Peer, index: int, layers: tuple[str, ...]) -> None:
         self.node = peer.name
         self.layers = layers
+        self.runs_ahead = False
         self._peer = peer
         self._index = index
 

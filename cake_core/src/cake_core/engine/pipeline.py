@@ -22,6 +22,7 @@ class Pipeline:
     def __init__(self, stages: Sequence[Stage], wire_dtype: str = "") -> None:
         self.stages = tuple(stages)
         self.wire_dtype = wire_dtype
+        self.runs_ahead = len(self.stages) == 1 and self.stages[0].runs_ahead
         self._wants_tokens = [EMBED in s.layers or HEAD in s.layers for s in self.stages]
         self._has_head = [HEAD in s.layers for s in self.stages]
 

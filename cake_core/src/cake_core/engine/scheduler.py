@@ -19,12 +19,17 @@ from cake_core.model import Row, Want
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`rows` decoding sequences at once, `chunk` prompt positions a batch, `depth` batches in flight, `queue` requests
-    waiting, `prefixes` ended sessions kept for prompts that begin alike."""
+    """`rows` decoding sequences at once, `chunk` prompt positions a batch, `depth` batches in flight, over which decoding
+    sequences are spread unless they run `ahead`, `queue` requests waiting, `prefixes` ended sessions kept for prompts that
+    begin alike.
+
+    `ahead`: a decoding sequence may be in two batches at once, the second with the token that the first will draw.
+    """
 
     rows: int = 64
     chunk: int = 512
     depth: int = 1
+    ahead: bool = False
     queue: int = 1024
     prefixes: int = 32
 
@@ -42,6 +47,7 @@ class Step:
         self.rows.append(Row(sequence.session, sequence.forwarded, length, want))
         sequence.forwarded += length
         sequence.in_flight += 1
+        sequence.drawing += want.sample
 
 
 class Scheduler:
@@ -156,12 +162,18 @@ class Scheduler:
         return found if found is not None and found[1] >= self.ledger.block else None
 
     def _decode(self, step: Step) -> None:
-        ready = [s for s in self.running if s.decoding and not s.in_flight and not s.unwanted]
-        share = -(-sum(s.decoding or s.in_flight > 0 for s in self.running) // max(1, self.limits.depth))
+        ready = [s for s in self.running if self._may_decode(s)]
+        spread = 1 if self.limits.ahead else max(1, self.limits.depth)
+        share = -(-sum(s.decoding or s.in_flight > 0 for s in self.running) // spread)
         ready.sort(key=lambda s: s.forwarded - s.prompt_length)
         for sequence in ready[:share]:
             if sequence.session is not None and self._make_room(sequence, sequence.forwarded + 1):
                 step.add(sequence, 1, _decode_want(sequence))
+
+    def _may_decode(self, sequence: Sequence) -> bool:
+        if sequence.unwanted or sequence.ended:
+            return False
+        return (sequence.decoding and not sequence.in_flight) or (self.limits.ahead and sequence.may_run_ahead)
 
     def _prefill(self, step: Step) -> None:
         budget = max(1, self.limits.chunk - len(step.rows))

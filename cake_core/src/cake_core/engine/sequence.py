@@ -25,7 +25,7 @@ class Sequence:
     Attributes:
         tokens: prompt and answer. forwarded: positions submitted to the stages, those in flight included.
         session: its id on the stages while it is open; a new one after every restart, so nothing stale can be taken for it.
-        in_flight: batches under way that have a row of it.
+        in_flight: batches under way that have a row of it. drawing: tokens that they will draw.
         scored: prompt positions whose scores have been asked for already (a restart does not ask again).
         limit: tokens, prompt included, at which it ends.
     """
@@ -39,6 +39,7 @@ class Sequence:
     session: int | None = None
     forwarded: int = 0
     in_flight: int = 0
+    drawing: int = 0
     scored: int = 0
     cached: int = 0
     unwanted: bool = False
@@ -69,6 +70,14 @@ class Sequence:
     def decoding(self) -> bool:
         """Whether the one thing missing is the position of the token drawn last."""
         return self.generated > 0 and self.remaining == 1
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether the next position can go although its token is only being drawn: nothing but the model decides it."""
+        request = self.request
+        plain = request.logprobs is None and request.grammar is None and not request.sampling.needs_history
+        waits = self.in_flight == 1 and self.drawing == 1 and self.remaining == 0
+        return plain and waits and len(self.tokens) + 1 < self.limit
 
     @property
     def generates(self) -> bool:

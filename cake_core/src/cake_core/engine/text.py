@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Generator
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cake_core.detokenize import Detokenizer
@@ -32,7 +32,7 @@ from cake_core.errors import (
     TransportError,
 )
 from cake_core.events import Failed, Finished, PromptProgress, TextEvent
-from cake_core.model import Batch, ModelInfo, Tensor, Tokenizer, int32_tensor
+from cake_core.model import SAMPLED, Batch, ModelInfo, Tensor, Tokenizer, int32_tensor
 from cake_core.requests import TextRequest
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,8 @@ class TextEngine:
         self._tokenizer = tokenizer
         self._pipeline = pipeline
         self._limits = limits or Limits()
+        if pipeline.runs_ahead:
+            self._limits = replace(self._limits, depth=2, ahead=True)
         self._watch = watch
         kv_tokens = pipeline.kv_tokens()
         self._scheduler = Scheduler(self._limits, Ledger(kv_tokens // info.kv_block, info.kv_block))
@@ -324,8 +326,9 @@ class TextEngine:
     def _completed(self, post: _Completed) -> list[Sequence]:
         self._in_flight -= 1
         step = post.step
-        for sequence in step.sequences:
+        for sequence, row in zip(step.sequences, step.rows, strict=True):
             sequence.in_flight -= 1
+            sequence.drawing -= row.want.sample
         current = [i for i, s in enumerate(step.sequences) if s.session == step.rows[i].session]
         if post.error is not None:
             self._disturbed([step.sequences[i] for i in current], post.error)
@@ -418,7 +421,8 @@ def _inputs(step: Step) -> dict[str, Tensor]:
     targets: list[int] = []
     for sequence, row in zip(step.sequences, step.rows, strict=True):
         stop = row.position + row.length
-        tokens += sequence.tokens[row.position : stop]
+        # What has not been drawn yet is taken where it will be.
+        tokens += sequence.tokens[row.position : stop] or [SAMPLED]
         if row.want.score:
             known = [*sequence.tokens[row.position + 1 : min(stop + 1, sequence.prompt_length)]]
             targets += known + [-1] * (row.length - len(known))

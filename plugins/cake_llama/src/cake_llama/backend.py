@@ -10,6 +10,7 @@ from cake_core.errors import ConfigError
 from cake_core.model import BACKEND_API, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
 from cake_llama.config import FAMILIES, ModelConfig, architecture_of
 from cake_llama.names import EMBED, HEAD, NORM, block_name, hf_names, layer_of
+from cake_llama.random_model import RandomCheckpoint, RandomTokenizer
 
 ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -62,6 +63,8 @@ class LlamaBackend:
         return load_stage(checkpoint, info, layers, options, progress)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Tokenizer:
+        if isinstance(checkpoint, RandomCheckpoint):
+            return RandomTokenizer(int(checkpoint.config["vocab_size"]))
         from cake_llama.tokenizer import load_tokenizer
 
         return load_tokenizer(checkpoint)

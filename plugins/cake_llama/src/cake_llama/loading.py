@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,12 +43,24 @@ def load_stage(
         if progress is not None:
             progress(min(done, total), total)
 
-    loader = Loader(config, weight_source(checkpoint), device, dtype, moved)
+    loader = Loader(config, weight_source(checkpoint, device), device, dtype, moved)
     with torch.inference_mode():
         parts = _parts(loader, layers)
     blocks = _blocks(info, layers, options, device)
     cache = KvCache(len(parts.blocks), (config.num_kv_heads, config.head_dim), blocks, device, dtype)
-    return LlamaStage(config, tuple(layers), parts, cache, Rotary(config.rope, device), dtype, done)
+    rotary = Rotary(config.rope, device)
+    if device.type == "cuda" and _has_triton():
+        from cake_llama.cuda.graphs import capturable
+
+        if capturable(config, parts):
+            from cake_llama.cuda.stage import CudaStage
+
+            return CudaStage(config, tuple(layers), parts, cache, rotary, dtype, done, info.context_length)
+    return LlamaStage(config, tuple(layers), parts, cache, rotary, dtype, done)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def choose_device(name: str) -> torch.device:

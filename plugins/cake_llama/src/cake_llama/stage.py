@@ -19,7 +19,9 @@ from cake_llama.wire import FROM_TORCH, TO_TORCH, from_wire, to_wire
 
 
 @dataclass(slots=True)
-class _Session:
+class Session:
+    """What a stage keeps of one session."""
+
     spec: SessionSpec
     table: Table = field(default_factory=Table)
     tokens: list[int] = field(default_factory=list)
@@ -29,11 +31,11 @@ class _Session:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """A checked row."""
 
     row: Row
-    session: _Session
+    session: Session
     start: int
     tokens: Sequence[int]
     targets: Sequence[int]
@@ -57,7 +59,7 @@ class LlamaStage:
         self._parts = parts
         self._cache = cache
         self._rotary = rotary
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
         self._reads_tokens = parts.embedding is not None or parts.head is not None
         self._device = rotary.device
         self._dtype = dtype
@@ -72,7 +74,7 @@ class LlamaStage:
             raise RequestError("grammars are not supported by this backend yet; leave response_format out", "grammar")
         if spec.wire_dtype and spec.wire_dtype not in TO_TORCH:
             raise StageError(f"hidden states cannot be sent as {spec.wire_dtype!r}")
-        opened = _Session(spec)
+        opened = Session(spec)
         if parent is not None:
             origin = self._find(parent)
             kept = self._shareable(origin, spec, min(length, origin.table.length))
@@ -112,13 +114,13 @@ class LlamaStage:
         self._parts = Parts(None, (), None, None)
         self._cache = KvCache(0, (0, 0), 0, self._device, torch.float32)
 
-    def _find(self, session: int) -> _Session:
+    def _find(self, session: int) -> Session:
         found = self._sessions.get(session)
         if found is None:
             raise StageError(f"session {session} is not open; open it first")
         return found
 
-    def _shareable(self, origin: _Session, spec: SessionSpec, length: int) -> int:
+    def _shareable(self, origin: Session, spec: SessionSpec, length: int) -> int:
         """Positions of `origin` that are the same in a session of `spec`: none where angles depend on the prompt's length."""
         rope = self._config.rope
         if rope.depends_on_length and spec.prompt_length != origin.spec.prompt_length:
@@ -140,7 +142,7 @@ class LlamaStage:
             pending.fail(CapacityError(f"{self._device} ran out of memory: {error}; use fewer requests or less context"))
         return pending
 
-    def _check(self, batch: Batch) -> list[_Step]:
+    def _check(self, batch: Batch) -> list[Step]:
         """Everything that can be wrong with a batch, before anything is changed."""
         total = batch.positions
         tokens = self._ids(batch, "tokens", total) if self._reads_tokens else [0] * total
@@ -159,7 +161,7 @@ class LlamaStage:
                     "a batch was lost or doubled"
                 )
             own = slice(start, start + row.length)
-            steps.append(_Step(row, session, start, self._resolve(session, tokens[own]), targets[own]))
+            steps.append(Step(row, session, start, self._resolve(session, tokens[own]), targets[own]))
             needed += self._cache.needed(session.table, row.position + row.length)
             start += row.length
         self._cache.check_free(needed)
@@ -173,14 +175,14 @@ class LlamaStage:
             raise StageError(f"{name} hold an id outside the vocabulary of {self._config.vocab_size}")
         return found
 
-    def _resolve(self, session: _Session, tokens: Sequence[int]) -> Sequence[int]:
+    def _resolve(self, session: Session, tokens: Sequence[int]) -> Sequence[int]:
         if SAMPLED not in tokens:
             return tokens
         if tokens[0] != SAMPLED or SAMPLED in tokens[1:] or session.sampled is None or self._parts.embedding is None:
             raise StageError("a token to be taken from the last draw, where there was none")
         return [session.sampled, *tokens[1:]]
 
-    def _run(self, batch: Batch, steps: Sequence[_Step]) -> Batch:
+    def _run(self, batch: Batch, steps: Sequence[Step]) -> Batch:
         plan = self._plan(steps)
         tokens = hidden = None
         if self._parts.embedding is not None:
@@ -200,7 +202,7 @@ class LlamaStage:
             step.session.sampled = drawn[-1] if drawn else None
         return Batch(batch.rows, answers.tensors())
 
-    def _plan(self, steps: Sequence[_Step]) -> StepPlan:
+    def _plan(self, steps: Sequence[Step]) -> StepPlan:
         rows, slots = [], list[int]()
         positions, lengths = list[int](), list[int]()
         for step in steps:

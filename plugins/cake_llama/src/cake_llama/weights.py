@@ -9,6 +9,7 @@ import torch
 
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
+from cake_llama.random_model import RandomCheckpoint, RandomWeights
 from cake_llama.wire import bytes_of
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -26,10 +27,12 @@ class WeightSource(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor on the CPU. Raises CheckpointError when it is missing or cannot be read."""
+        """One tensor, on the CPU unless it is made elsewhere. Raises CheckpointError when it is missing or cannot be read."""
 
 
-def weight_source(checkpoint: Checkpoint) -> WeightSource:
+def weight_source(checkpoint: Checkpoint, device: torch.device) -> WeightSource:
+    if isinstance(checkpoint, RandomCheckpoint):
+        return RandomWeights(checkpoint, device)
     if checkpoint.format == "gguf":
         from cake_llama.gguf_weights import GgufWeights
 

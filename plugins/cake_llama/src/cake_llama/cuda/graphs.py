@@ -1,0 +1,183 @@
+"""A decode step as CUDA graphs: one for each batch size that occurs, captured when it first does.
+
+A graph reads its inputs from tensors that never move and leaves its results in others; between two replays only a few
+numbers a row are copied to the device. The token drawn last stays there, in the session's place of `last`, so the next step
+can start before anybody has looked at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from cake_llama.cache import BLOCK, KvCache, Table
+from cake_llama.config import ModelConfig
+from cake_llama.cuda.ops import Places, Scratch, add_norm, attend, gated_matvec, matvec, silu_mul
+from cake_llama.model import Block, Linear, Norm, Parts
+from cake_llama.rotary import Rotary
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Batch sizes that get a graph; a batch takes the smallest that holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of a step: `token` -1 takes what `slot` of `last` holds."""
+
+    token: int
+    position: int
+    slot: int
+    table: Table
+
+
+@dataclass(slots=True)
+class _Graph:
+    inputs: Tensor  # i32 [B, 3]: token, position, slot
+    hidden_in: Tensor  # [B, hidden_size]
+    table: Tensor  # i32 [B, width]
+    held: list[tuple[int, int, int]]  # what each row of the table shows: identity, blocks, first block
+    out: Tensor  # hidden [B, hidden_size], or logits f32 [B, vocabulary]
+    best: Tensor | None  # i64 [B]: the most likely token, where the stage has the head
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+def capturable(config: ModelConfig, parts: Parts) -> bool:
+    """Whether every part is one that the graphs know."""
+    blocks_plain = all(isinstance(p, Linear) for b in parts.blocks for p in (b.qkv, b.output, b.gate_up, b.down))
+    head_plain = parts.head is None or isinstance(parts.head, Linear)
+    biased = any(b.gate_up.bias is not None for b in parts.blocks if isinstance(b.gate_up, Linear))
+    grouped = config.num_heads // config.num_kv_heads <= 16
+    return blocks_plain and head_plain and not biased and grouped and config.rope.kind != "dynamic"
+
+
+class Graphs:
+    """All graphs of one stage."""
+
+    def __init__(
+        self, config: ModelConfig, parts: Parts, cache: KvCache, rotary: Rotary, context: int, dtype: torch.dtype
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._cache = cache
+        self._context = context
+        self._dtype = dtype
+        self._device = rotary.device
+        self._graphs: dict[int, _Graph] = {}
+        self._pool: Any = None
+        positions = torch.arange(context, device=self._device)
+        cos, sin = rotary.angles(positions, positions + 1)
+        self._cos, self._sin = cos.contiguous(), sin.contiguous()
+        self.last = torch.zeros(4096, dtype=torch.int64, device=self._device)
+        """The token drawn last, by session slot; slot 0 belongs to unused rows."""
+
+    def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Launches a step and returns (hidden states or f32 logits, most likely tokens), valid until the next step."""
+        size = next(size for size in SIZES if size >= len(entries))
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = self._graphs[size] = self._capture(size)
+        rows = [(e.token, e.position, e.slot) for e in entries] + [(0, 0, 0)] * (size - len(entries))
+        graph.inputs.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
+        self._show_tables(graph, entries)
+        if hidden is not None:
+            graph.hidden_in[: len(entries)].copy_(hidden, non_blocking=True)
+        if graph.graph is not None:
+            graph.graph.replay()
+        count = len(entries)
+        return graph.out[:count], None if graph.best is None else graph.best[:count]
+
+    def _show_tables(self, graph: _Graph, entries: Sequence[Entry]) -> None:
+        """Brings the device's tables up to date: only rows whose blocks changed since the last step."""
+        for row, entry in enumerate(entries):
+            blocks = entry.table.blocks
+            shown = (id(entry.table), len(blocks), blocks[-1])
+            if graph.held[row] != shown:
+                graph.held[row] = shown
+                graph.table[row, : len(blocks)].copy_(torch.tensor(blocks, dtype=torch.int32), non_blocking=True)
+        for row in range(len(entries), len(graph.held)):
+            if graph.held[row] != (0, 0, 0):
+                graph.held[row] = (0, 0, 0)
+                graph.table[row].fill_(-1)
+
+    def _capture(self, size: int) -> _Graph:
+        config, device = self._config, self._device
+        width = -(-self._context // BLOCK)
+        inputs = torch.zeros((size, 3), dtype=torch.int32, device=device)
+        hidden_in = torch.zeros((size, config.hidden_size), dtype=self._dtype, device=device)
+        table = torch.full((size, width), -1, dtype=torch.int32, device=device)
+        scratch = Scratch.make(size, config.num_heads, config.num_kv_heads, config.head_dim, hidden_in)
+        graph = _Graph(inputs, hidden_in, table, [(0, 0, 0)] * size, hidden_in, None)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles the kernels, and lets cuBLAS make its workspaces outside the capture
+                self._step(graph, scratch)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, pool=self._pool):
+            graph.out, graph.best = self._step(graph, scratch)
+        self._pool = captured.pool()
+        graph.graph = captured
+        return graph
+
+    def _step(self, graph: _Graph, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+        parts, inputs = self._parts, graph.inputs
+        if parts.embedding is not None:
+            ids = torch.where(inputs[:, 0] < 0, self.last[inputs[:, 2]], inputs[:, 0].to(torch.int64))
+            x = parts.embedding[ids]
+        else:
+            x = graph.hidden_in.clone()
+        places = Places(inputs[:, 1].contiguous(), graph.table, self._cos, self._sin)
+        run = self._blocks_one if len(x) == 1 else self._blocks_many
+        x, delta = run(x, places, scratch)
+        if parts.norm is None:
+            return (x if delta is None else x + delta), None
+        if parts.head is None:
+            return add_norm(x, delta, parts.norm.weight, parts.norm.eps), None
+        logits = self._logits(x, delta, parts.norm, cast("Linear", parts.head))
+        best = logits.argmax(-1)
+        if parts.embedding is not None:
+            self.last.index_copy_(0, inputs[:, 2].to(torch.int64), best)
+        return logits, best
+
+    def _logits(self, x: Tensor, delta: Tensor | None, norm: Norm, head: Linear) -> Tensor:
+        if len(x) == 1:
+            return matvec(x, head.weight, head.bias, norm.weight, norm.eps, dtype=torch.float32)
+        return linear(add_norm(x, delta, norm.weight, norm.eps), head.weight, head.bias).to(torch.float32)
+
+    def _blocks_one(self, x: Tensor, places: Places, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+        for block in self._parts.blocks:
+            qkv, output, gate_up, down = _linears(block)
+            mixed = matvec(x, qkv.weight, qkv.bias, block.input_norm.weight, block.input_norm.eps)
+            attended = self._attend(block, mixed, places, scratch)
+            x = matvec(attended, output.weight, output.bias, residual=x)
+            gated = gated_matvec(x, gate_up.weight, block.post_norm.weight, block.post_norm.eps)
+            x = matvec(gated, down.weight, down.bias, residual=x)
+        return x, None
+
+    def _blocks_many(self, x: Tensor, places: Places, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+        delta: Tensor | None = None
+        for block in self._parts.blocks:
+            qkv, output, gate_up, down = _linears(block)
+            normed = add_norm(x, delta, block.input_norm.weight, block.input_norm.eps)
+            attended = self._attend(block, linear(normed, qkv.weight, qkv.bias), places, scratch)
+            mixed = linear(attended, output.weight, output.bias)
+            normed = add_norm(x, mixed, block.post_norm.weight, block.post_norm.eps)
+            delta = linear(silu_mul(linear(normed, gate_up.weight)), down.weight, down.bias)
+        return x, delta
+
+    def _attend(self, block: Block, qkv: Tensor, places: Places, scratch: Scratch) -> Tensor:
+        norms = None
+        if block.q_norm is not None and block.k_norm is not None:
+            norms = (block.q_norm.weight, block.k_norm.weight)
+        keys, values = self._cache.keys[block.index], self._cache.values[block.index]
+        return attend(qkv, keys, values, places, scratch, norms, self._config.norm_eps, block.window)
+
+
+def _linears(block: Block) -> tuple[Linear, Linear, Linear, Linear]:
+    return cast("tuple[Linear, Linear, Linear, Linear]", (block.qkv, block.output, block.gate_up, block.down))
