@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from cake_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from cake_core.checkpoint import Checkpoint
     from cake_core.model import Backend, ModelInfo
     from cake_core.placement import Placement
@@ -19,6 +21,13 @@ def cake_register_backends() -> Iterable[Backend]:
     from cake_core.testing.toys import ToyImageBackend, ToyTextBackend
 
     return (ToyTextBackend(), ToyImageBackend())
+
+
+@hookimpl
+def cake_register_commands(cli: click.Group) -> None:
+    from cake_core.cli.bench import bench_group, bench_text
+
+    bench_group(cli).add_command(bench_text)
 
 
 @hookimpl(trylast=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cake_core.cli.bench import bench_group
 from cake_core.cli.options import model_options
 from cake_core.cli.sections import SectionedCommand, option
 
@@ -46,16 +47,6 @@ _API: tuple[Option, ...] = (
 def add_commands(cli: click.Group) -> None:
     cli.add_command(serve)
     bench_group(cli).add_command(bench_serve)
-
-
-def bench_group(cli: click.Group) -> click.Group:
-    """The `bench` group, made by whichever plugin comes first; the others add their commands to it."""
-    found = cli.commands.get("bench")
-    if isinstance(found, click.Group):
-        return found
-    group = click.Group("bench", help="Measure a server, a model or a cluster.")
-    cli.add_command(group)
-    return group
 
 
 def _with(*groups: tuple[Option, ...]) -> Option:

@@ -69,6 +69,12 @@ class LlamaBackend:
 
         return load_tokenizer(checkpoint)
 
+    def probe(self, options: LoadOptions) -> Mapping[str, float]:
+        """`memory_bandwidth` (bytes/s) and `matmul` (operations/s) of the device, measured in about two seconds."""
+        from cake_llama.probe import probe
+
+        return probe(options)
+
     def _tensors(self, checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, list[str]]:
         """Names in the checkpoint of each layer's tensors, layers in order."""
         found: dict[str, list[str]] = {EMBED: [], **{block_name(i): [] for i in range(config.num_layers)}, NORM: [], HEAD: []}

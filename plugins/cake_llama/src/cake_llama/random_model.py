@@ -53,15 +53,16 @@ class RandomCheckpoint(Checkpoint):
 
     format = "safetensors"
 
-    def __init__(self, shape: str) -> None:
-        if shape not in SHAPES:
+    def __init__(self, shape: str, config: Mapping[str, Any] | None = None) -> None:
+        if config is None and shape not in SHAPES:
             raise CheckpointError(f"no shape {shape!r}; there are {', '.join(SHAPES)}")
         super().__init__(Path(f"{PREFIX}{shape}"), f"{PREFIX}{shape}")
         self.shape = shape
+        self._config = SHAPES[shape] if config is None else config
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return SHAPES[self.shape]
+        return self._config
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -76,7 +77,8 @@ class RandomCheckpoint(Checkpoint):
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama of this configuration."""
+    """Tensors of a model of this configuration, of an architecture that keeps its projections apart."""
+    architecture = config["architectures"][0]
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
@@ -94,6 +96,10 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{prefix}mlp.up_proj.weight": (inner, hidden),
             f"{prefix}mlp.down_proj.weight": (hidden, inner),
         }
+        if architecture == "Qwen2ForCausalLM":
+            shapes |= {f"{prefix}self_attn.{x}_proj.bias": (q if x == "q" else kv,) for x in "qkv"}
+        if architecture == "Qwen3ForCausalLM":
+            shapes |= {f"{prefix}self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
     shapes["model.norm.weight"] = (hidden,)
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)

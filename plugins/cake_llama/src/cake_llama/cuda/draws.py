@@ -44,5 +44,5 @@ class Draws:
         in_k = rank < self._top_k
         of_k = torch.where(in_k, ranked, 0.0)
         before = of_k.cumsum(-1) - of_k
-        in_p = before < self._top_p * of_k.sum(-1, keepdim=True)
+        in_p = (before < self._top_p * of_k.sum(-1, keepdim=True)) | (rank == 0)
         return torch.zeros_like(in_k).scatter_(-1, order, in_k & in_p)

@@ -1,0 +1,154 @@
+"""The GPU's decode path against the common one: on a GPU by graph, and its parts that need none on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from cake_core.model import Batch, LoadOptions, Row, SessionSpec, TextStage, Want, float32_values, int32_tensor, int32_values
+from cake_core.requests import SamplingParams
+from cake_core.sampling import sample, uniform
+from cake_llama.backend import LlamaBackend
+from cake_llama.cuda.draws import Draws
+from cake_llama.loading import load_stage
+from cake_llama.random_model import RandomCheckpoint
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, 80 wide heads": {"hidden_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 80},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 24},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
+    "partial rotary": {"partial_rotary_factor": 0.5},
+    "longrope": {
+        "max_position_embeddings": 512,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 16,
+            "long_factor": [2.0 + i / 4 for i in range(16)],
+        },
+    },
+}
+
+
+def checkpoint_of(name: str) -> RandomCheckpoint:
+    base = dict(RandomCheckpoint("tiny").config)
+    return RandomCheckpoint("tiny", {**base, "max_position_embeddings": 512, **CONFIGS[name]})
+
+
+def stage_of(checkpoint: RandomCheckpoint, options: LoadOptions, layers: Sequence[str] = ()) -> TextStage:
+    info = LlamaBackend().describe(checkpoint, options)
+    return load_stage(checkpoint, info, layers or [layer.name for layer in info.layers], options, None)
+
+
+def decode(stage: TextStage, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probabilities of the 20 best after each forced token, prompts of several sessions side by side."""
+    found: list[list[float]] = []
+    for number, prompt in enumerate(prompts):
+        stage.open(number, SessionSpec(SamplingParams(temperature=0), len(prompt)))
+        batch = Batch((Row(number, 0, len(prompt), Want(sample=1)),), {"tokens": int32_tensor(prompt)})
+        stage.submit(batch).result(60)
+    for step in range(len(forced[0])):
+        rows = tuple(Row(i, len(p) + step, 1, Want(sample=1, top=20)) for i, p in enumerate(prompts))
+        result = stage.submit(Batch(rows, {"tokens": int32_tensor([f[step] for f in forced])})).result(60)
+        found.append(float32_values(result.tensors["top_logprobs"]))
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_graph_equals_eager(name: str, rows: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    checkpoint = checkpoint_of(name)
+    prompts = [[(7 * i + 3 * r) % 500 for i in range(20 + 9 * r)] for r in range(rows)]
+    forced = [[(11 * i + r) % 500 for i in range(40)] for r in range(rows)]
+    for dtype, bound in (("f32", 5e-3), ("bf16", 1e-1)):
+        options = LoadOptions(dtype=dtype, device="cuda", kv_tokens=4096)
+        fast = stage_of(checkpoint, options)
+        assert type(fast).__name__ == "CudaStage"
+        slow = stage_of(checkpoint, LoadOptions(dtype=dtype, device="cpu", kv_tokens=4096))
+        a, b = decode(fast, prompts, forced), decode(slow, prompts, forced)
+        fast.shutdown()
+        slow.shutdown()
+        worst = max(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+        assert worst < bound, f"{dtype}: {worst}"
+
+
+@pytest.mark.gpu
+def test_hidden_states_of_a_middle_stage() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    checkpoint = checkpoint_of("llama")
+    layers = ["model.layers.1", "model.layers.2"]
+    results = []
+    for device in ("cuda", "cpu"):
+        stage = stage_of(checkpoint, LoadOptions(dtype="f32", device=device, kv_tokens=512), layers)
+        stage.open(1, SessionSpec(SamplingParams(), 5))
+        values = torch.linspace(-1, 1, 256 * 9).reshape(9, 256)
+        from cake_llama.wire import to_wire
+
+        stage.submit(Batch((Row(1, 0, 5),), {"hidden": to_wire(values[:5])})).result(60)
+        out = []
+        for i in range(5, 9):
+            result = stage.submit(Batch((Row(1, i, 1),), {"hidden": to_wire(values[i : i + 1])})).result(60)
+            out += float32_values(result.tensors["hidden"])
+        results.append(torch.tensor(out))
+        stage.shutdown()
+    assert (results[0] - results[1]).abs().max() < 5e-3
+
+
+@pytest.mark.gpu
+def test_running_ahead_on_the_device() -> None:
+    """Tokens that never come to the host between steps: greedy and drawn, equal to the step by step way."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from cake_core.engine.pipeline import Pipeline
+    from cake_core.engine.text import TextEngine
+    from cake_core.events import TokenEvent
+    from cake_core.requests import TextRequest
+    from cake_core.stages import LocalStage
+
+    checkpoint = checkpoint_of("llama")
+    options = LoadOptions(dtype="f32", device="cuda", kv_tokens=4096)
+    info = LlamaBackend().describe(checkpoint, options)
+    found = []
+    for ahead in (True, False):
+        stage = LocalStage("master", stage_of(checkpoint, options))
+        stage.runs_ahead = ahead
+        engine = TextEngine(info, LlamaBackend().tokenizer(checkpoint), Pipeline([stage]))
+        requests = [
+            TextRequest(tuple(range(5, 30 + i)), SamplingParams(seed=i, temperature=i / 4, top_k=40 * (i % 2)), max_tokens=50)
+            for i in range(5)
+        ]
+        found.append([[e.token for e in engine.generate(request) if isinstance(e, TokenEvent)] for request in requests])
+        engine.close()
+        stage.shutdown()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_draws_of_a_batch_equal_the_reference(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(8, 300, generator=generator) * 3).round(decimals=1)  # rounded: ties happen
+    params = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7, seed=1),
+        SamplingParams(temperature=1.3, top_k=5, seed=2),
+        SamplingParams(top_p=0.6, seed=3),
+        SamplingParams(min_p=0.1, seed=4),
+        SamplingParams(temperature=0.9, top_k=40, top_p=0.8, min_p=0.02, seed=5),
+        SamplingParams(top_k=1, seed=6),
+        SamplingParams(top_p=0.0, seed=7),
+    ]
+    position = 17 + seed
+    uniforms = [uniform(p.seed, 0, position) for p in params]
+    found = Draws(params, uniforms, torch.device("cpu")).draw(logits, logits.argmax(-1))
+    expected = [sample(row.tolist(), p, list(range(position)), 0, position, 0) for row, p in zip(logits, params, strict=True)]
+    assert found.tolist() == expected
+    assert int32_values(int32_tensor(expected)) == expected
