@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import pytest
-
 from tests.meta.source import EVERY_MODULE, Module
 
 GROUPS: tuple[frozenset[str], ...] = tuple(

@@ -8,11 +8,11 @@ import re
 import tomllib
 
 import pytest
+from tests.meta.source import DISTRIBUTIONS, EVERY_MODULE, ROOT
 
 import cake_core
 from cake_core import hookspecs
 from cake_core.testing import contracts
-from tests.meta.source import DISTRIBUTIONS, EVERY_MODULE, ROOT
 
 PROJECTS = {folder.name: tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) for folder in DISTRIBUTIONS}
 

@@ -10,7 +10,6 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
-
 from tests.meta.source import DISTRIBUTIONS, modules
 
 HEAVY = {
