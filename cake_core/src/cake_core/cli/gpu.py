@@ -46,9 +46,13 @@ WHEEL_TABLE = (
 that PyTorch builds each flavour for."""
 
 
+MIN_DRIVER = {11: 450, 12: 525, 13: 580}
+"""Oldest driver for each major version of CUDA, by NVIDIA's rule that minor versions are compatible."""
+
+
 def find_gpus() -> list[Gpu]:
     """NVIDIA's by nvidia-smi (which needs a working driver), else every vendor's by what is on the bus."""
-    return _nvidia_smi() or _pci_gpus() or _apple_gpus()
+    return _nvidia_smi() or pci_gpus() or _apple_gpus()
 
 
 def _nvidia_smi() -> list[Gpu]:
@@ -74,7 +78,7 @@ def parse_nvidia_smi(text: str) -> list[Gpu]:
     return gpus
 
 
-def _pci_gpus(root: Path = Path("/sys/bus/pci/devices")) -> list[Gpu]:
+def pci_gpus(root: Path = Path("/sys/bus/pci/devices")) -> list[Gpu]:
     """Display controllers and 3D accelerators of the three vendors whose cards torch can use (Linux only)."""
     vendors = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
     gpus = []
@@ -116,22 +120,32 @@ def diagnose(gpus: Sequence[Gpu], torch: Mapping[str, Any]) -> list[str]:
 def _diagnose_nvidia(gpu: Gpu, torch: Mapping[str, Any]) -> str | None:
     if gpu.driver is None:
         return (
-            "NVIDIA's driver is not installed or not loaded; install it (Ubuntu: `sudo ubuntu-drivers install`), then restart"
+            "its driver is not installed or not loaded; install it (Ubuntu: `sudo ubuntu-drivers install`), then restart"
         )
-    driver = int(re.match(r"\d+", gpu.driver)[0]) if re.match(r"\d+", gpu.driver) else 0  # type: ignore[index]
+    driver = _major(gpu.driver)
     wheel = best_wheel(driver, gpu.capability)
     if wheel is None:
-        return _no_wheel(gpu, driver)
+        return _no_wheel(gpu)
     command = f"`{reinstall(wheel.index)}`"
     if not torch.get("cuda"):
         return f"the installed torch {torch['version']} is a build without CUDA; {command}"
-    if not any(d["device"].startswith("cuda") for d in torch.get("devices", ())):
-        reason = torch.get("cuda_error") or torch.get("cuda_warning") or "torch sees no CUDA device"
-        return f"torch {torch['version']} needs a newer driver than {gpu.driver} or cannot start it ({reason}); {command}"
-    if gpu.capability is not None and not supports(torch.get("arch_list", ()), gpu.capability):
-        built = ", ".join(torch.get("arch_list", ()))
+    needed = MIN_DRIVER.get(_major(torch["cuda"]), 0)
+    if driver < needed:
+        return f"torch {torch['version']} needs driver {needed} or later, this is {gpu.driver}; {command}, or update the driver"
+    if gpu.capability is not None and torch.get("arch_list") and not supports(torch["arch_list"], gpu.capability):
+        built = ", ".join(torch["arch_list"])
         return f"torch {torch['version']} has no code for compute capability {gpu.capability} (it has {built}); {command}"
-    return None
+    if any(d["device"].startswith("cuda") for d in torch.get("devices", ())):
+        return None
+    if torch.get("visible_devices") is not None:
+        return f"CUDA_VISIBLE_DEVICES is {torch['visible_devices']!r}, which hides it; unset it"
+    reason = torch.get("cuda_error") or torch.get("cuda_warning") or "it sees no CUDA device"
+    return f"torch {torch['version']} cannot start it: {reason}; see whether `nvidia-smi` works, and restart the machine"
+
+
+def _major(version: str) -> int:
+    match = re.match(r"\d+", version)
+    return int(match[0]) if match else 0
 
 
 def best_wheel(driver: int, capability: float | None) -> Wheel | None:
@@ -143,16 +157,12 @@ def best_wheel(driver: int, capability: float | None) -> Wheel | None:
     return None
 
 
-def _no_wheel(gpu: Gpu, driver: int) -> str:
-    oldest = min(wheel.min_driver for wheel in WHEEL_TABLE)
+def _no_wheel(gpu: Gpu) -> str:
     if gpu.capability is not None and gpu.capability < min(wheel.capabilities[0] for wheel in WHEEL_TABLE):
         return f"its compute capability {gpu.capability} is older than any current torch supports; use `--device cpu`"
-    needed = next(
-        (w.min_driver for w in reversed(WHEEL_TABLE) if gpu.capability is None or gpu.capability <= w.capabilities[1]), oldest
-    )
-    return f"driver {gpu.driver} is too old; install NVIDIA's driver {max(needed, oldest)} or later" + (
-        " (Ubuntu: `sudo ubuntu-drivers install`)" if sys.platform == "linux" and driver else ""
-    )
+    fitting = [w.min_driver for w in WHEEL_TABLE if gpu.capability is None or gpu.capability <= w.capabilities[1]]
+    needed = min(fitting, default=WHEEL_TABLE[0].min_driver)
+    return f"driver {gpu.driver} is too old; install NVIDIA's driver {needed} or later (Ubuntu: `sudo ubuntu-drivers install`)"
 
 
 def supports(arch_list: Sequence[str], capability: float) -> bool:

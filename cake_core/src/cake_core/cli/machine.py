@@ -28,14 +28,14 @@ INTERESTING = (
 
 # Runs in a child process: importing torch takes seconds and gigabytes of address space, and a broken installation may crash.
 _PROBE = """
-import json, sys
+import json, os, sys
 try:
     import torch
 except BaseException as error:
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
     sys.exit()
 out = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": getattr(torch.version, "hip", None)}
-out.update(arch_list=[], devices=[])
+out.update(arch_list=[], devices=[], visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"))
 def device(name, kind, free, total, dtypes):
     out["devices"].append({"device": name, "name": kind, "free": free, "total": total, "dtypes": dtypes})
 try:
