@@ -67,7 +67,7 @@ def test_request_ids_are_given_and_kept(api: httpx.Client) -> None:
 def test_metrics_count_requests_and_tokens(start: Any, runtime: TextRuntime) -> None:
     server = start(runtime)
     with httpx.Client(base_url=server.url) as client:
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "ignore_eos": True}
         client.post("/v1/chat/completions", json=body).raise_for_status()
         client.get("/v1/models/nope")
         client.get("/no/such/path")

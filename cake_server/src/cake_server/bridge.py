@@ -75,7 +75,7 @@ class Job(Generic[R, E]):
 
     def __init__(self, engine: Engine[R], requests: Sequence[R], courier: Courier, max_unread: int) -> None:
         self.started = time.perf_counter()
-        self.open = len(requests)
+        self._open = len(requests)
         self._engine = engine
         self._waiting = deque(enumerate(requests))
         self._courier = courier
@@ -118,13 +118,18 @@ class Job(Generic[R, E]):
         self.wake()
 
     def _ended(self, index: int) -> None:
-        self.open -= 1
+        self._open -= 1
         self._handles.pop(index, None)
         if self._waiting:
             try:
                 self._submit_more()
             except CakeError as error:
                 self.abort(error)
+
+    @property
+    def more(self) -> bool:
+        """Whether `get` has, or will have, anything to give."""
+        return self._open > 0 or bool(self._items)
 
     async def get(self) -> list[tuple[int, E, float]]:
         """All events since the last call; waits for the first one. An empty list after `wake()`.

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -38,6 +38,10 @@ class ApiServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.stop()
         await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            # A client that does not read what it is owed keeps its connection open for as long as it likes.
+            cast("Any", connection).transport.abort()
+        await asyncio.sleep(0)
 
 
 def make_server(service: Service) -> ApiServer:

@@ -37,7 +37,7 @@ class ImageAnswer:
 
     async def events(self) -> AsyncIterator[ImageEvent | None]:
         """Events in order; None when the job was woken with nothing new."""
-        while self.job.open:
+        while self.job.more:
             items = await self.job.get()
             if not items:
                 yield None

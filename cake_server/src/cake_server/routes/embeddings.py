@@ -63,7 +63,7 @@ async def _inputs(data: EmbeddingRequest, runtime: TextRuntime) -> list[tuple[in
         )
         if not ids:
             raise RequestError("an input must not be empty", "input")
-        check_context(len(ids), runtime.info.context_length)
+        check_context(len(ids), runtime.info.context_length, "input")
         result.append(ids)
     return result
 
@@ -71,7 +71,7 @@ async def _inputs(data: EmbeddingRequest, runtime: TextRuntime) -> list[tuple[in
 async def _collect(data: EmbeddingRequest, job: Job[Any, Any], count: int, model: str) -> EmbeddingList:
     vectors: list[array[float]] = [array("f")] * count
     tokens = 0
-    while job.open:
+    while job.more:
         for index, event, _ in await job.get():
             if isinstance(event, Embedding):
                 vectors[index] = await asyncio.to_thread(pooled, event, data.pooling == "mean")

@@ -12,7 +12,7 @@ from cake_core.events import Embedding, Failed, Finished, PromptDone, PromptProg
 from cake_server.bridge import Job
 from cake_server.metrics import Metrics
 from cake_server.schemas.common import CompletionDetails, PromptDetails, Timings, UsageBody
-from cake_server.tools.pieces import CallStart, Content, Parser, Piece, Reasoning
+from cake_server.tools.pieces import CallStart, Parser, Piece, Reasoning, merged
 
 Scores = tuple[TokenLogprob | None, ...]
 
@@ -53,7 +53,7 @@ class Answers:
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Updates in bunches; an empty bunch when the job was woken with nothing new. Raises what a request failed with."""
-        while self._job.open:
+        while self._job.more:
             items = await self._job.get()
             bunch: dict[int, Update] = {}
             for index, event, when in items:
@@ -61,6 +61,9 @@ class Answers:
                 if update is None:
                     update = bunch[index] = Update(index)
                 self._take(update, event, when)
+            for update in bunch.values():
+                if len(update.pieces) > 1:
+                    update.pieces = merged(update.pieces)
             yield list(bunch.values())
         self._metrics.finished(time.perf_counter() - self._job.started)
 
@@ -107,13 +110,7 @@ class Answers:
         for piece in pieces:
             reasoning = reasoning or isinstance(piece, Reasoning)
             choice.called = choice.called or isinstance(piece, CallStart)
-            last = update.pieces[-1] if update.pieces else None
-            if isinstance(piece, Content) and isinstance(last, Content):
-                update.pieces[-1] = Content(last.text + piece.text)
-            elif isinstance(piece, Reasoning) and isinstance(last, Reasoning):
-                update.pieces[-1] = Reasoning(last.text + piece.text)
-            else:
-                update.pieces.append(piece)
+            update.pieces.append(piece)
         choice.reasoning_tokens += reasoning
 
     def usage(self) -> UsageBody:

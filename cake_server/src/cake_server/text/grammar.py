@@ -98,9 +98,7 @@ def _text_grammar(text: str, param: str) -> str:
 
 
 def _lark(text: str, param: str) -> str:
-    from llguidance import LLMatcher
-
-    return _checked(LLMatcher.grammar_from_lark(text), param)
+    return _checked(json.dumps({"grammars": [{"lark_grammar": text}]}), param)
 
 
 def schema_grammar(schema: Mapping[str, Any], param: str, strict: bool = True) -> str:

@@ -73,7 +73,7 @@ def text_requests(
     max_tokens = settings.max_tokens if plan.max_tokens is None else plan.max_tokens
     result = []
     for prompt in prompts:
-        check_context(len(prompt), runtime.info.context_length)
+        check_context(len(prompt), runtime.info.context_length, "messages" if hasattr(body, "messages") else "prompt")
         request = TextRequest(
             prompt=tuple(prompt),
             sampling=sampling,
@@ -162,13 +162,13 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str = "prompt") -> tup
     return tuple(_ids(ids, vocab_size, param))
 
 
-def check_context(prompt: int, context: int) -> None:
+def check_context(prompt: int, context: int, param: str) -> None:
     """The engine checks this too; here the answer carries the numbers that agents look for."""
     if context and prompt > context:
         raise ApiError(
             400,
             f"This model's maximum context length is {context} tokens. However, your prompt has {prompt} tokens; shorten it.",
             "context_length_exceeded",
-            "messages",
+            param,
             extra={"n_prompt_tokens": prompt, "n_ctx": context},
         )

@@ -10,7 +10,8 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 class ReasoningParser:
-    """Reasoning stands at the beginning of an answer or nowhere; what follows goes through `inner`.
+    """Reasoning stands at the beginning of an answer or nowhere; what follows goes through `inner`. Line breaks around the
+    tags belong to neither.
 
     `inside`: the prompt ended with the opening tag already, as some templates do.
     """
@@ -19,16 +20,18 @@ class ReasoningParser:
         self._inner = inner
         self._text = ""
         self._state = "inside" if inside else "before"
+        self._at_break = inside
+        """Line breaks that come next are dropped."""
 
     def feed(self, text: str) -> Iterator[Piece]:
-        if self._state == "after":
-            yield from self._inner.feed(text)
-            return
         self._text += text
-        if self._state == "before" and not self._opened():
-            return
+        if self._state == "before":
+            self._open()
+        if self._at_break:
+            self._text = self._text.lstrip("\n")
+            self._at_break = not self._text
         if self._state == "inside":
-            yield from self._thinking()
+            yield from self._think()
         if self._state == "after" and self._text:
             rest, self._text = self._text, ""
             yield from self._inner.feed(rest)
@@ -39,23 +42,23 @@ class ReasoningParser:
             yield from (Reasoning(held),) if self._state == "inside" else self._inner.feed(held)
         yield from self._inner.finish()
 
-    def _opened(self) -> bool:
+    def _open(self) -> None:
         """Decides, once it is certain, whether the answer begins with reasoning."""
         start = self._text.lstrip()
         if start.startswith(OPEN):
-            self._text, self._state = start[len(OPEN) :].lstrip("\n"), "inside"
+            self._text, self._state, self._at_break = start[len(OPEN) :], "inside", True
         elif not OPEN.startswith(start):
             self._state = "after"
-        return self._state != "before"
 
-    def _thinking(self) -> Iterator[Piece]:
+    def _think(self) -> Iterator[Piece]:
         before, found, after = self._text.partition(CLOSE)
         if found:
-            self._text, self._state = after.lstrip("\n"), "after"
             sure = before.rstrip("\n")
+            self._text, self._state = after.lstrip("\n"), "after"
+            self._at_break = not self._text
         else:
-            keep = held_back(self._text, (CLOSE, "\n" + CLOSE))
-            sure, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
+            sure = self._text[: len(self._text) - held_back(self._text, (CLOSE,))].rstrip("\n")
+            self._text = self._text[len(sure) :]
         if sure:
             yield Reasoning(sure)
 

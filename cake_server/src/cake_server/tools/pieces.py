@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,19 @@ def new_call_id() -> str:
 
 def whole_call(index: int, name: str, arguments: str) -> list[Piece]:
     return [CallStart(index, new_call_id(), name), CallArguments(index, arguments)]
+
+
+def merged(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same with neighbouring texts of one kind joined: what a slow reader finds waiting becomes one chunk."""
+    result: list[Piece] = []
+    for kind, group in itertools.groupby(pieces, type):
+        if kind is Content:
+            result.append(Content("".join(piece.text for piece in group if isinstance(piece, Content))))
+        elif kind is Reasoning:
+            result.append(Reasoning("".join(piece.text for piece in group if isinstance(piece, Reasoning))))
+        else:
+            result += group
+    return result
 
 
 def held_back(text: str, markers: Sequence[str]) -> int:
