@@ -12,13 +12,13 @@ import threading
 import pytest
 from tests.core.security_rig import KEY
 
-from cake_core import handshake, security
+from cake_core import framing, handshake, security
 from cake_core.errors import AuthenticationError, CakeError, ChannelClosed, ProtocolError
 from cake_core.gate import Gate
 from cake_core.strangers import Limits
 from cake_core.testing.contracts.threads import Task
 from cake_core.transport import Address
-from cake_transport_tcp import framing, tls
+from cake_transport_tcp import tls
 from cake_transport_tcp.transport import TcpTransport
 
 PATIENCE = 10.0

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 
 from cake_core.errors import ChannelClosed, DeadlineExceeded, ProtocolError
+from cake_core.framing import Inbox, frame
 from cake_core.model import Buffer
 from cake_core.transport import Allocate, PollingChannel
-from cake_transport_tcp.framing import Inbox, frame
 from cake_transport_tcp.wire import Stream
 
 

@@ -1,4 +1,4 @@
-"""Messages on a stream of bytes, without any input or output: a fixed prefix, the header, the body.
+"""Messages on a stream of bytes, for transports that move one: a fixed prefix, the header, the body. No input or output.
 
 The prefix is `CAK1`, the header's length (u32) and the body's (u64), big endian. It is checked before anything is
 allocated, and its first wrong byte ends the connection.

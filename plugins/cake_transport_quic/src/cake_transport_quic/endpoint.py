@@ -1,0 +1,175 @@
+"""A UDP socket, the thread that owns it, and the connections over it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cake_transport_quic import library
+from cake_transport_quic.connection import Connection
+
+log = logging.getLogger(__name__)
+
+MOST_UNPROVEN = 256
+"""Connections whose QUIC handshake is under way at once; what comes above that is dropped, and comes again."""
+_TURN = 64  # datagrams read before anything else gets its turn
+_BUFFERS = 4 * 1024 * 1024
+
+Welcome = Callable[[library.QuicConnection, Any], Connection]
+"""`welcome(quic, where)` makes the connection of a peer that dialled."""
+
+
+class Endpoint:
+    """Runs until it is closed and its last connection is over. `configuration` and `welcome`: for one that listens."""
+
+    def __init__(
+        self, sock: socket.socket, configuration: library.QuicConfiguration | None = None, welcome: Welcome | None = None
+    ) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _BUFFERS)
+        self._sock = sock
+        self._configuration = configuration
+        self._welcome = welcome
+        self._connections: list[Connection] = []
+        self._by_identifier: dict[bytes, Connection] = {}
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._closing = False
+        self._over = False
+        self._state = threading.Lock()
+        self._thread = threading.Thread(target=self._serve, name="cake-quic", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Has `call` run by the endpoint's thread; from any thread. Does nothing once the endpoint is over."""
+        with self._state:
+            if self._over:
+                return
+            self._calls.put(call)
+            with contextlib.suppress(BlockingIOError):
+                self._waker.send(b"\0")
+
+    def add(self, connection: Connection) -> None:
+        """Before `start`, or by the endpoint's thread."""
+        self._connections.append(connection)
+
+    def close(self) -> None:
+        """No new connections; the endpoint ends with the last it has."""
+        self.run(self._close)
+
+    def _close(self) -> None:
+        self._closing = True
+
+    def _serve(self) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._sock, selectors.EVENT_READ)
+                selector.register(self._wake, selectors.EVENT_READ)
+                while not self._closing or self._connections:
+                    self._turn()
+                    selector.select(self._timeout())
+        except Exception:
+            log.exception("a QUIC endpoint failed")
+        with self._state:
+            self._over = True
+        for connection in self._connections:
+            connection.fail(f"the connection to {connection.peer} is gone")
+        for sock in (self._sock, self._wake, self._waker):
+            sock.close()
+
+    def _timeout(self) -> float | None:
+        now = time.monotonic()
+        times = [connection.wake_at(now) for connection in self._connections]
+        times += [timer for c in self._connections if (timer := c.quic.get_timer()) is not None]
+        return max(0.0, min(times) - now) if times else None
+
+    def _turn(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while len(self._wake.recv(4096)) == 4096:
+                pass
+        self._read()
+        while not self._calls.empty():
+            self._calls.get()()
+        now = time.monotonic()
+        for connection in list(self._connections):
+            timer = connection.quic.get_timer()
+            if timer is not None and timer <= now:
+                connection.quic.handle_timer(now)
+            connection.advance(now)
+            self._send(connection, now)
+            for identifier in connection.identifiers:
+                self._by_identifier[identifier] = connection
+            if connection.failure:
+                self._remove(connection)
+
+    def _read(self) -> None:
+        for _ in range(_TURN):
+            try:
+                data, where = self._sock.recvfrom(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._refused(error)
+                return
+            connection = self._route(data, where)
+            if connection is not None:
+                connection.quic.receive_datagram(data, where, time.monotonic())
+
+    def _route(self, data: bytes, where: Any) -> Connection | None:
+        if self._configuration is None or self._welcome is None:
+            return self._connections[0] if self._connections else None
+        found = library.arrival(data, self._configuration)
+        if found is None:
+            return None
+        connection = self._by_identifier.get(found.destination)
+        if connection is not None or not found.initial or self._closing:
+            return connection
+        refusal = library.other_version(found, self._configuration)
+        if refusal is not None:
+            self._sock.sendto(refusal, where)
+            return None
+        if sum(not c.established for c in self._connections) >= MOST_UNPROVEN:
+            return None
+        quic = library.QuicConnection(configuration=self._configuration, original_destination_connection_id=found.destination)
+        connection = self._welcome(quic, where)
+        connection.identifiers.add(found.destination)
+        self._by_identifier[found.destination] = connection
+        self.add(connection)
+        return connection
+
+    def _send(self, connection: Connection, now: float) -> None:
+        for data, where in connection.quic.datagrams_to_send(now):
+            try:
+                if self._configuration is None:
+                    self._sock.send(data)
+                else:
+                    self._sock.sendto(data, where)
+            except BlockingIOError:
+                return  # lost, as on any network; QUIC sends it again
+            except OSError as error:
+                self._refused(error)
+                return
+
+    def _refused(self, error: OSError) -> None:
+        """A dialling socket learns here that nobody listens there any more."""
+        if self._configuration is None and isinstance(error, ConnectionRefusedError):
+            for connection in self._connections:
+                connection.fail(f"{connection.peer}: connection refused; start the worker there, and check the port")
+
+    def _remove(self, connection: Connection) -> None:
+        self._connections.remove(connection)
+        self._by_identifier = {i: c for i, c in self._by_identifier.items() if c is not connection}
+        if self._configuration is None:
+            self._closing = True
