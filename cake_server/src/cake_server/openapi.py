@@ -56,6 +56,7 @@ def openapi_config() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="Cake",
         version=__version__,
+        use_handler_docstrings=True,
         description="OpenAI-compatible API of a Cake cluster. Unknown fields are ignored; `null` is every field's default.",
         openapi_router=Router("/schema", route_handlers=[], include_in_schema=False, after_request=_plain_not_found),
         render_plugins=(_Json(path="/openapi.json", media_type=OpenAPIMediaType.OPENAPI_JSON),),

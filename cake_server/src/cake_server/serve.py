@@ -19,6 +19,7 @@ from cake_server.service import Runtime, Service
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 1024
 GRACE = 3
 """Seconds that open connections get after a signal, once their streams have been ended."""
 CLOSE_TIMEOUT = 1.5
@@ -55,7 +56,7 @@ def make_server(service: Service) -> ApiServer:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=GRACE,
-        backlog=1024,
+        backlog=BACKLOG,
     )
     return ApiServer(config, service)
 
@@ -71,6 +72,7 @@ def bind(address: Address) -> socket.socket:
         if hasattr(socket, "SO_REUSEADDR") and not hasattr(socket, "SO_EXCLUSIVEADDRUSE"):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)
+        listener.listen(BACKLOG)  # whoever comes before the server has started waits instead of being refused
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
