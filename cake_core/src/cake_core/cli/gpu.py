@@ -119,9 +119,7 @@ def diagnose(gpus: Sequence[Gpu], torch: Mapping[str, Any]) -> list[str]:
 
 def _diagnose_nvidia(gpu: Gpu, torch: Mapping[str, Any]) -> str | None:
     if gpu.driver is None:
-        return (
-            "its driver is not installed or not loaded; install it (Ubuntu: `sudo ubuntu-drivers install`), then restart"
-        )
+        return "its driver is not installed or not loaded; install it (Ubuntu: `sudo ubuntu-drivers install`), then restart"
     driver = _major(gpu.driver)
     wheel = best_wheel(driver, gpu.capability)
     if wheel is None:
