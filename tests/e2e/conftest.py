@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 60.0
+PATIENCE = 120.0
+"""Seconds a process may take to say or do what it should: a loaded machine is slow, and an idle one does not wait."""
 
 
 class Process:

@@ -86,6 +86,10 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(IMAGES, "--sd-compile", is_flag=True, help="Compile the unet: slower start, faster steps."),
         option(IMAGES, "--sd-parallel", type=click.Choice(["images", "guidance"]), help="What replicas of the unet share."),
     ),
+    "image-size": (
+        option(IMAGES, "--sd-width", type=int, metavar="N", help="Width of images that ask for none."),
+        option(IMAGES, "--sd-height", type=int, metavar="N", help="Height of images that ask for none."),
+    ),
 }  # fmt: skip
 ALL = tuple(_GROUPS)
 

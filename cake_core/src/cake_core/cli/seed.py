@@ -106,7 +106,8 @@ def translate(given: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
             raise CliError(ConfigError("no --name provided for worker; give the name it has in the topology"))
         return ["worker", *shared, "--name", given["name"], "--address", given["address"]], environment
     if given["api"]:
-        return ["serve", *shared, "--api", given["api"], *(_sampling(given) if kind == "text" else [])], environment
+        more = _sampling(given) if kind == "text" else _pairs(given, ("sd-width", "sd-height"))
+        return ["serve", *shared, "--api", given["api"], *more], environment
     if kind == "image":
         Path("images").mkdir(exist_ok=True)
         prompt = given["sd_image_prompt"] or (given["prompt"] if given["prompt"] != TEXT_PROMPT else IMAGE_PROMPT)
@@ -120,8 +121,8 @@ def _model(given: Mapping[str, Any], kind: str) -> tuple[list[str], dict[str, st
     model = Path(given["model"])
     itself = model.is_file() or any((model / name).is_file() for name in ("model_index.json", "config.json"))
     if kind == "image" and not itself:
-        version = given["sd_version"] or "v1-5"
-        return ["--sd-version", version], {"HF_HUB_CACHE": str(model / "hub")}
+        # The name of a version is a reference as any other: cake-sd knows its hub ids and mirrors.
+        return ["--model", given["sd_version"] or "v1-5"], {"HF_HUB_CACHE": str(model / "hub")}
     return ["--model", given["model"]], {}
 
 
@@ -135,7 +136,7 @@ def _loading(given: Mapping[str, Any]) -> list[str]:
 def _image_loading(given: Mapping[str, Any], kind: str) -> list[str]:
     if kind != "image":
         return []
-    names = [name for name in _SD_VALUES if name not in ("sd-version", "sd-width", "sd-height")]
+    names = [name for name in _SD_VALUES if name not in ("sd-width", "sd-height")]
     f16 = {None: [], True: ["--sd-use-f16"], False: ["--no-sd-use-f16"]}[given["sd_use_f16"]]
     flash = ["--sd-use-flash-attention"] if given["sd_use_flash_attention"] else []
     return [*_pairs(given, names), *f16, *flash]
