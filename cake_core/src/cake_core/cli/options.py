@@ -94,6 +94,13 @@ _GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
 ALL = tuple(_GROUPS)
 
 
+_VALUES = {
+    "quantize": ("none", "int8", "int4"),
+    "kv_dtype": ("auto", "f32", "f16", "bf16", "int8"),
+    "wire_dtype": ("auto", "f32", "f16", "bf16"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFlags:
     """The values of the shared options. Fields are named for their option; `sd` holds those of image models that were given,
@@ -134,8 +141,14 @@ class ModelFlags:
         return Topology() if self.topology is None else load_topology(self.topology)
 
     def load_options(self) -> LoadOptions:
+        """Raises ConfigError, naming the option, for a value there is not."""
         from cake_core.model import LoadOptions
 
+        for name, known in _VALUES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                option_name = name.replace("_", "-")
+                raise ConfigError(f"--{option_name} is one of {', '.join(known)}, not {value!r}")
         return LoadOptions(
             dtype=self.dtype,
             device=self.device,
