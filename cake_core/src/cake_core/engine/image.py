@@ -77,6 +77,11 @@ class ImageEngine:
             job.cancel()
 
     @property
+    def model(self) -> ImageModel:
+        """The model it serves, for a backend's own measurements."""
+        return self._model
+
+    @property
     def waiting(self) -> int:
         return self._jobs.qsize()
 

@@ -56,4 +56,4 @@ def _diffusers(checkpoint: Checkpoint, sd: SdOptions) -> DiffusersCheckpoint:
         raise CheckpointError(f"{checkpoint.path} is no diffusers folder; it needs a model_index.json")
     if sd.use_f16 is None:
         return checkpoint
-    return DiffusersCheckpoint(checkpoint.path, checkpoint.name, "fp16" if sd.use_f16 else "")
+    return type(checkpoint)(checkpoint.path, checkpoint.name, "fp16" if sd.use_f16 else "")

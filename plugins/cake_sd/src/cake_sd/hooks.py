@@ -1,6 +1,8 @@
-"""Hooks of cake-sd: image models over diffusers."""
+"""Hooks of cake-sd: image models over diffusers, `cake bench image`."""
 
 from collections.abc import Iterable
+
+from click import Group
 
 from cake_core import hookimpl
 from cake_core.checkpoint import Checkpoint
@@ -12,6 +14,13 @@ def cake_register_backends() -> Iterable[Backend]:
     from cake_sd.backend import SdBackend
 
     return (SdBackend(),)
+
+
+@hookimpl
+def cake_register_commands(cli: Group) -> None:
+    from cake_sd.commands import add_commands
+
+    add_commands(cli)
 
 
 @hookimpl

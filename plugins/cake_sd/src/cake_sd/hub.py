@@ -1,10 +1,10 @@
-"""Stable Diffusion by name: `v1-5`, `v2-1`, `xl`, `turbo`, and hub ids whose owners deleted them."""
+"""Models by name: `v1-5`, `v2-1`, `xl`, `turbo`, hub ids whose owners deleted them, `random:xl`."""
 
 from __future__ import annotations
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.models import HubId, cached
-from cake_sd.versions import MIRRORS, VERSIONS
+from cake_sd.versions import MIRRORS, RANDOM, VERSIONS
 
 
 def resolve(reference: str) -> Checkpoint | None:
@@ -12,6 +12,11 @@ def resolve(reference: str) -> Checkpoint | None:
 
     Raises CheckpointError when the download fails, with the remedy.
     """
+    if reference.startswith(RANDOM):
+        from cake_core.config import load_options
+        from cake_sd.randoms import resolve as make_up
+
+        return make_up(reference, load_options().cache_dir)
     if reference in VERSIONS:
         names = VERSIONS[reference].repositories
     elif reference in MIRRORS:

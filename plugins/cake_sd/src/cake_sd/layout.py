@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from cake_core.checkpoint import Checkpoint, TensorInfo
+from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import Layer, LoadOptions, ModelInfo
@@ -49,7 +49,7 @@ def component_class(checkpoint: Checkpoint, folder: str) -> tuple[str, str] | No
 
 def tensors_of(checkpoint: DiffusersCheckpoint, folder: str) -> dict[str, TensorInfo]:
     """Tensors of one component by their headers, which a bundle has of all; empty in a folder without any weights."""
-    if not checkpoint.components:
+    if not checkpoint.components and not (checkpoint.path / ABSENT).is_file():
         return {}
     prefix = f"{folder}/"
     return {name: info for name, info in checkpoint.headers.items() if name.startswith(prefix)}

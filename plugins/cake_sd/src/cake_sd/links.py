@@ -28,13 +28,15 @@ _FORGET = 5.0  # seconds after which a lost replica is tried first again
 
 @dataclass(slots=True)
 class Traffic:
-    """Tensor bytes of one job that crossed nodes, and the time its remote calls took. Constants count once a node."""
+    """Tensor bytes of one job that crossed nodes, and how long its remote calls took: `seconds` here, `computing` of
+    them on the nodes as far as these tell. Constants count once a node."""
 
     calls: int = 0
     sent: int = 0
     constants: int = 0
     received: int = 0
     seconds: float = 0.0
+    computing: float = 0.0
 
 
 @dataclass(slots=True)
@@ -90,8 +92,9 @@ class RemoteLink:
     def run(self, method: str, job: Job, arguments: Arguments) -> Results:
         packer = self._packers.setdefault((job.id, method), Packer(_CHANGING))
         packed = packer.pack(halved(arguments) if method == "forward" else arguments)
-        started = time.perf_counter()
+        started, computed = time.perf_counter(), float(getattr(self.component, "seconds", 0.0))
         results = self.component.call(method, job.id, packed.tensors, packed.scalars, packed.constants)
+        job.traffic.computing += float(getattr(self.component, "seconds", 0.0)) - computed
         self._count(job, started, packed.tensors.values(), packed.constants.values(), results.values())
         return unpack_results(results, self._device)
 

@@ -16,6 +16,7 @@ import torch
 from cake_core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModel
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import LoadOptions, ModelInfo, Progress
+from cake_sd import randoms
 from cake_sd.components import About, TextComponent, TorchComponent, VaeComponent
 from cake_sd.denoiser import DenoiserComponent
 from cake_sd.layout import FOLDERS, KINDS, component_class, component_config
@@ -85,7 +86,11 @@ def load_component(
         progress(0, total)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    module = _load_module(checkpoint, layer, dtype, sd)
+    if isinstance(checkpoint, randoms.RandomCheckpoint):
+        with device:
+            module = randoms.build(checkpoint, layer).to(dtype)
+    else:
+        module = _load_module(checkpoint, layer, dtype, sd)
     module.eval().requires_grad_(False)
     module = prepare(module.to(device), layer, sd)
     loras = _load_loras(checkpoint, layer, module, sd)
@@ -113,13 +118,14 @@ def _size(checkpoint: DiffusersCheckpoint, info: ModelInfo, layer: str, sd: SdOp
     if path := sd.weights.get(layer):
         return path.stat().st_size
     described = next((item for item in info.layers if item.name == layer), None)
-    if described is None or not checkpoint.component_files(FOLDERS[layer]):
+    made_up = isinstance(checkpoint, randoms.RandomCheckpoint)
+    if described is None or not (made_up or checkpoint.component_files(FOLDERS[layer])):
         raise CheckpointError(
             f"{checkpoint.path / FOLDERS[layer]} has no weights on this machine; copy the folder here, or give the layer "
             f"{layer!r} to a node that has it"
         )
     element = torch.empty((), dtype=dtype).element_size()
-    tensors = checkpoint.tensors
+    tensors = checkpoint.headers
     return sum(element * int(torch.Size(tensors[name].shape).numel()) for name in described.tensors)
 
 

@@ -29,8 +29,11 @@ def load_loras(checkpoint: DiffusersCheckpoint, layer: str, module: Any, loras: 
     for name, lora in zip(names, loras, strict=True):
         try:
             _load(pipeline, layer, module, lora, name)
-        except (ValueError, KeyError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{lora.path} cannot be loaded into {layer}: {str(error).splitlines()[0]}") from error
+        except (ValueError, LookupError, RuntimeError, OSError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{lora.path} cannot be loaded into {layer}: {reason}; it may have been made for another model"
+            ) from error
     _activate(module, names, loras)
     return tuple(f"{_digest(lora)}*{lora.scale:g}" for lora in loras)
 
@@ -41,7 +44,7 @@ def _load(pipeline: Any, layer: str, module: Any, lora: Lora, name: str) -> None
     folder = FOLDERS[layer]
     if not any(key.startswith(f"{folder}.") for key in state):
         if layer in ("unet", "transformer"):
-            raise ValueError(f"it has nothing for {folder}; it was made for another model")
+            raise ValueError(f"it has nothing for {folder}")
         return
     if layer == "unet":
         pipeline.load_lora_into_unet(state, network_alphas=alphas, unet=module, adapter_name=name)
@@ -51,6 +54,8 @@ def _load(pipeline: Any, layer: str, module: Any, lora: Lora, name: str) -> None
         pipeline.load_lora_into_text_encoder(
             state, network_alphas=alphas, text_encoder=module, prefix=folder, adapter_name=name
         )
+    if name not in getattr(module, "peft_config", {}):
+        raise ValueError("none of it fits")
 
 
 def _activate(module: Any, names: list[str], loras: Sequence[Lora]) -> None:

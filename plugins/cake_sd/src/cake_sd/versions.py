@@ -44,6 +44,9 @@ VERSIONS: Mapping[str, Version] = {
     )
 }  # fmt: skip
 
+RANDOM = "random:"
+"""Before a version's name: a model of its size with random weights."""
+
 MIRRORS: Mapping[str, str] = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
