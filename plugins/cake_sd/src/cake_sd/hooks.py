@@ -1,30 +1,26 @@
-"""Hooks of cake-sd: image models over diffusers, `cake bench image`."""
+"""Hooks of cake-sd: image models over diffusers, models by name, `cake bench image`."""
 
-from collections.abc import Iterable
-
-from click import Group
+from typing import Any
 
 from cake_core import hookimpl
-from cake_core.checkpoint import Checkpoint
-from cake_core.model import Backend
 
 
 @hookimpl
-def cake_register_backends() -> Iterable[Backend]:
+def cake_register_backends() -> Any:
     from cake_sd.backend import SdBackend
 
     return (SdBackend(),)
 
 
 @hookimpl
-def cake_register_commands(cli: Group) -> None:
+def cake_register_commands(cli: Any) -> None:
     from cake_sd.commands import add_commands
 
     add_commands(cli)
 
 
 @hookimpl
-def cake_resolve_checkpoint(reference: str) -> Checkpoint | None:
+def cake_resolve_checkpoint(reference: str) -> Any:
     from cake_sd.hub import resolve
 
     return resolve(reference)

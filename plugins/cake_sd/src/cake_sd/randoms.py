@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cake_core.checkpoint import ABSENT, TensorInfo
-from cake_core.errors import CheckpointError
 from cake_core.formats.diffusers import MODEL_INDEX, DiffusersCheckpoint
 from cake_sd.versions import RANDOM
 
@@ -62,15 +61,10 @@ class RandomCheckpoint(DiffusersCheckpoint):
 
 
 def resolve(reference: str, cache: Path) -> RandomCheckpoint | None:
-    """The model of a `random:NAME`, its folder of configurations made in `cache` at first use; None for other references.
-
-    Raises CheckpointError for a name there is not.
-    """
-    if not reference.startswith(RANDOM):
-        return None
+    """The model of a `random:NAME`, its folder of configurations made in `cache` at first use; None for other references."""
     name = reference.removeprefix(RANDOM)
     if name not in SHAPES:
-        raise CheckpointError(f"there is no {reference}; use {', '.join(RANDOM + known for known in SHAPES)}")
+        return None
     folder = cache / "random" / name
     if not (folder / MARK).is_file():
         _make(name, folder)
