@@ -1,0 +1,84 @@
+"""What is fuzzed: each takes bytes of an enemy and may only return, or raise ProtocolError or AuthenticationError."""
+
+from __future__ import annotations
+
+import contextlib
+
+from cake_core.errors import AuthenticationError, ProtocolError
+from cake_core.framing import Inbox
+from cake_core.handshake import NONCE, Handshake
+from cake_core.hello import check_hello
+from cake_core.keys import ClusterKey
+from cake_core.protocol import BodyReader, decode
+from cake_core.transport import MAX_BODY
+
+KEY = ClusterKey(bytes(range(32)))
+LIMIT = 1 << 20
+
+
+def handshake(data: bytes) -> None:
+    """Both roles, at each of their steps; nobody without the key may get through."""
+    peer = Handshake("dialler", KEY, b"peer", b"b", bytes(NONCE))
+    for before in (0, 1):
+        victim = Handshake("listener", KEY, b"victim", b"b", b"n" * NONCE)
+        if before:
+            victim.receive(peer.open()[0])
+        _feed(victim, data)
+    victim = Handshake("dialler", KEY, b"victim", b"b", b"n" * NONCE)
+    victim.open()
+    _feed(victim, data)
+
+
+def _feed(victim: Handshake, data: bytes) -> None:
+    with contextlib.suppress(ProtocolError, AuthenticationError):
+        victim.receive(data)
+    if victim.done:
+        raise RuntimeError("the key is not needed")
+
+
+def stream(data: bytes) -> None:
+    """In pieces of several sizes; never more memory than was announced and allowed."""
+
+    def allocate(header: bytes, length: int) -> memoryview:
+        if not 0 < length <= MAX_BODY:
+            raise RuntimeError(f"{length} bytes are over the limit, or none")
+        if length > LIMIT:
+            raise ProtocolError("more than this receiver wants")
+        return memoryview(bytearray(length))
+
+    for step in (1 << 20, 7):
+        inbox, left = Inbox(), memoryview(data)
+        with contextlib.suppress(ProtocolError):
+            while True:
+                while inbox.next(allocate) is not None:
+                    pass
+                if not left:
+                    break
+                space = inbox.space()
+                count = min(step, len(space), len(left))
+                space[:count] = left[:count]
+                inbox.arrived(count)
+                left = left[count:]
+
+
+def protocol(data: bytes) -> None:
+    """The decoder, and the memory it would have allocated for the body."""
+    with contextlib.suppress(ProtocolError):
+        message = decode(data)
+        if message.body_length < 0:
+            raise RuntimeError("a negative length")
+        with contextlib.suppress(ProtocolError):
+            memory = BodyReader(LIMIT).allocate(data, min(message.body_length, LIMIT))
+            message.tensors(memory)
+    with contextlib.suppress(ProtocolError):
+        BodyReader(LIMIT).allocate(data, LIMIT + 1)
+
+
+def hello(data: bytes) -> None:
+    from cake_core.errors import NodeMismatch
+
+    with contextlib.suppress(ProtocolError, NodeMismatch):
+        check_hello(data, "peer")
+
+
+TARGETS = {"handshake": handshake, "stream": stream, "protocol": protocol, "hello": hello}
