@@ -15,19 +15,21 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "placement planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub split",
         "connect link stages guest worker cluster engine runtime",
+        "bench",
         "cli __main__",
         "testing",
     )
 )
 """Modules of core from the bottom up: each may import from its own group and from those before it."""
 
-UPWARD = {("cake_core.builtin", "testing"), ("cake_core.resolve", "testing")}
-"""The toys are products: core registers and resolves them like a plugin's models."""
+UPWARD = {("cake_core.builtin", "testing"), ("cake_core.resolve", "testing"), ("cake_core.builtin", "cli")}
+"""The toys and core's own commands are registered and resolved like a plugin's."""
 
 THIRD_PARTY = {
     "cbor2": ("cbor", "protocol", "codec", "hello"),
     "click": ("cli",),
     "cryptography": ("security",),
+    "filelock": ("hub",),
     "huggingface_hub": ("hub",),
     "pluggy": ("hookspecs", "plugins"),
     "pytest": ("testing",),
