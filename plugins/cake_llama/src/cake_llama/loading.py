@@ -71,8 +71,14 @@ def choose_device(name: str) -> torch.device:
             raise ConfigError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1, mps or xpu") from None
         if not _usable(device):
             raise ConfigError(f"device {name!r} is not usable here; `cake doctor` says why and how to mend it")
-        return device
-    return next((torch.device(kind) for kind in ("cuda", "mps", "xpu") if _usable(torch.device(kind))), torch.device("cpu"))
+        return _indexed(device)
+    found = (torch.device(kind) for kind in ("cuda", "mps", "xpu"))
+    return _indexed(next((device for device in found if _usable(device)), torch.device("cpu")))
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device by its number, which threads of ours need to make it theirs."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def _usable(device: torch.device) -> bool:
