@@ -51,10 +51,10 @@ def decode(stage: TextStage, prompts: Sequence[Sequence[int]], forced: Sequence[
     for number, prompt in enumerate(prompts):
         stage.open(number, SessionSpec(SamplingParams(temperature=0), len(prompt)))
         batch = Batch((Row(number, 0, len(prompt), Want(sample=1)),), {"tokens": int32_tensor(prompt)})
-        stage.submit(batch).result(60)
+        stage.submit(batch).result(20)
     for step in range(len(forced[0])):
         rows = tuple(Row(i, len(p) + step, 1, Want(sample=1, top=20)) for i, p in enumerate(prompts))
-        result = stage.submit(Batch(rows, {"tokens": int32_tensor([f[step] for f in forced])})).result(60)
+        result = stage.submit(Batch(rows, {"tokens": int32_tensor([f[step] for f in forced])})).result(20)
         found.append(float32_values(result.tensors["top_logprobs"]))
     return found
 
@@ -93,10 +93,10 @@ def test_hidden_states_of_a_middle_stage() -> None:
         values = torch.linspace(-1, 1, 256 * 9).reshape(9, 256)
         from cake_llama.wire import to_wire
 
-        stage.submit(Batch((Row(1, 0, 5),), {"hidden": to_wire(values[:5])})).result(60)
+        stage.submit(Batch((Row(1, 0, 5),), {"hidden": to_wire(values[:5])})).result(20)
         out = []
         for i in range(5, 9):
-            result = stage.submit(Batch((Row(1, i, 1),), {"hidden": to_wire(values[i : i + 1])})).result(60)
+            result = stage.submit(Batch((Row(1, i, 1),), {"hidden": to_wire(values[i : i + 1])})).result(20)
             out += float32_values(result.tensors["hidden"])
         results.append(torch.tensor(out))
         stage.shutdown()
