@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from cake_core.cli.app import CliError, run_command
-from cake_core.cli.options import MODEL_TYPES
+from cake_core.cli.option_groups import MODEL_TYPES
 from cake_core.errors import ConfigError
 
 SEED = 299792458

@@ -8,7 +8,8 @@ import click
 
 from cake_core.cli.app import current_app
 from cake_core.cli.console import Bars, human_bytes, plural
-from cake_core.cli.options import MODEL_TYPES, ModelFlags
+from cake_core.cli.option_groups import MODEL_TYPES
+from cake_core.cli.options import ModelFlags
 
 
 @click.command("split-model")
