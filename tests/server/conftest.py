@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import httpx
 import pytest
 
+from cake_core.engine.text import EngineStats
 from cake_core.events import Finished, PromptDone, TextEvent, TokenEvent, Usage
 from cake_core.plugins import Plugins
 from cake_core.requests import TextRequest
@@ -99,6 +101,9 @@ class ScriptedEngine:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0, 0, *(0 for _ in fields(EngineStats)[4:]))
 
 
 class TemplateTokenizer(ToyTokenizer):
