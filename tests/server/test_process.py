@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -118,6 +119,13 @@ def test_defaults_of_the_command_line_reach_requests(tmp_path: Path, model: Path
         assert answers[0]["choices"] == answers[1]["choices"]
         assert answers[0]["usage"]["completion_tokens"] == 7
         assert httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"] == "cake"
+
+
+@pytest.fixture(autouse=True)
+def quiet_again() -> Iterator[None]:
+    """`serve` turns its log of requests on for the whole process."""
+    yield
+    logging.getLogger("cake_server.access").setLevel(logging.WARNING)
 
 
 def run(tmp_path: Path, *arguments: str) -> Result:

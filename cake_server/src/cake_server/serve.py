@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import socket
 import threading
@@ -94,7 +95,8 @@ class Process:
         loader = threading.Thread(target=self._load, name="cake-load", daemon=True)
         loader.start()
         try:
-            asyncio.run(self._server.serve([listener]))
+            with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+                runner.run(self._server.serve([listener]))
         finally:
             self._stopping.set()
             self._close_runtime()
@@ -135,6 +137,16 @@ class Process:
             closer = threading.Thread(target=_close, args=(runtime,), name="cake-close", daemon=True)
             closer.start()
             closer.join(CLOSE_TIMEOUT)
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where `cake-server[speed]` is installed."""
+    try:
+        uvloop = importlib.import_module("uvloop")
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 def _close(runtime: Any) -> None:
