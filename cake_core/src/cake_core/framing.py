@@ -20,8 +20,12 @@ _EMPTY = memoryview(b"")
 
 def frame(header: bytes, buffers: Sequence[Buffer]) -> list[memoryview]:
     """A message as the pieces to send, the body's buffers as they are. Raises ProtocolError when it is over the limits."""
-    pieces = [memoryview(buffer).cast("B") for buffer in buffers if memoryview(buffer).nbytes]
-    body = sum(piece.nbytes for piece in pieces)
+    pieces, body = [], 0
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if view.nbytes:
+            pieces.append(view.cast("B"))
+            body += view.nbytes
     if not 1 <= len(header) <= MAX_HEADER:
         raise ProtocolError(f"a message's header has 1 to {MAX_HEADER} bytes, not {len(header)}")
     if body > MAX_BODY:
@@ -58,7 +62,9 @@ class Inbox:
         """Writable memory, never empty, for the bytes that come next. To be asked after `next` returned None."""
         if self._header is not None:
             return self._body[self._filled :]
-        if self._start:
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start:
             # The rest of a prefix and header must fit behind what is there.
             rest = self._end - self._start
             self._buffer[:rest] = bytes(self._buffer[self._start : self._end])
@@ -73,7 +79,7 @@ class Inbox:
 
     def next(self, allocate: Allocate) -> tuple[bytes, memoryview] | None:
         """The next message if it is complete. Raises ProtocolError for bytes that are none, or what `allocate` raises."""
-        if self._header is None and not self._begin(allocate):
+        if self._header is None and (self._start == self._end or not self._begin(allocate)):
             return None
         if self._filled < self._body.nbytes:
             return None
@@ -83,12 +89,14 @@ class Inbox:
 
     def _begin(self, allocate: Allocate) -> bool:
         have = self._end - self._start
-        magic = bytes(self._buffer[self._start : self._start + min(have, len(MAGIC))])
-        if not MAGIC.startswith(magic):
-            raise ProtocolError(_stranger(magic))
         if have < PREFIX.size:
+            magic = bytes(self._buffer[self._start : self._start + min(have, len(MAGIC))])
+            if not MAGIC.startswith(magic):
+                raise ProtocolError(_stranger(magic))
             return False
-        _, length, body = PREFIX.unpack_from(self._buffer, self._start)
+        magic, length, body = PREFIX.unpack_from(self._buffer, self._start)
+        if magic != MAGIC:
+            raise ProtocolError(_stranger(magic))
         if not 1 <= length <= MAX_HEADER or body > MAX_BODY:
             raise ProtocolError(f"it announced a message of {length} + {body} bytes, which is over the limits")
         start = self._start + PREFIX.size

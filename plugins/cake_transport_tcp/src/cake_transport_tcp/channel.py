@@ -38,6 +38,8 @@ class TcpChannel(PollingChannel):
 
     def _take_turn(self, timeout: float | None) -> None:
         """Waits for other senders as long as they get on."""
+        if self._sending.acquire(blocking=False):
+            return
         while True:
             written = self._stream.written
             if self._sending.acquire(timeout=-1 if timeout is None else timeout):

@@ -168,19 +168,20 @@ class TlsStream:
         filled = 0
         with self._lock:
             try:
-                while filled < into.nbytes:
+                # Asking for what has not arrived would cost an exception, twice a message.
+                while filled < into.nbytes and (self._arriving.pending or self._tls.pending()):
                     # One record at most. With a buffer this returns a count, which its type does not say.
                     count = cast("int", self._tls.read(into.nbytes - filled, into[filled:]))
                     if not count:
                         return filled
                     filled += count
+                return filled or None
             except ssl.SSLWantReadError:
                 return filled or None
             except ssl.SSLZeroReturnError:
                 return filled
             except ssl.SSLError as error:
                 raise ProtocolError(f"what {self._wire.peer} sent was changed on the way ({error.reason})") from error
-        return filled
 
 
 def _chunks(pieces: Sequence[memoryview]) -> Iterator[bytes | memoryview]:

@@ -72,7 +72,8 @@ class Readiness:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if self._poll is not None:
             events = self._poll.poll(None if left is None else left * 1000)
-            self.left = any(event & self._hangup for _, event in events)
+            if self._hangup:
+                self.left = any(event & self._hangup for _, event in events)
             return bool(events)
         readable, writable, _ = select.select(self._reads, self._writes, (), left)
         return bool(readable or writable)
@@ -89,18 +90,23 @@ class Wire:
         self._wake, self._waker = socket.socketpair()
         self._readable = Readiness(sock, self._wake)
         self._writable = Readiness(sock, self._wake, writing=True)
+        self._vectored = hasattr(sock, "sendmsg")
         self._drained = True
         self._state = threading.Lock()
-        self._users = 0
+        self._reading = False
+        self._writing = False
         self._ended = False
         self._orderly = False
+        self._released = False
 
     def fileno(self) -> int:
         return -1 if self._ended else self._sock.fileno()
 
     def read(self, into: memoryview, deadline: float | None) -> int:
-        self._enter()
+        self._reading = True
         try:
+            if self._ended:
+                raise self._closed()
             while True:
                 # A short read emptied the socket, so the next byte has to be waited for: no vain attempt first.
                 if self._drained:
@@ -115,11 +121,15 @@ class Wire:
         except OSError as error:
             raise ChannelClosed(f"lost {self.peer}: {error.strerror or error}") from error
         finally:
-            self._leave()
+            self._reading = False
+            if self._ended:
+                self._release()
 
     def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
-        self._enter()
+        self._writing = True
         try:
+            if self._ended:
+                raise self._closed()
             left = list(pieces)
             while left:
                 sent = self._send(left)
@@ -132,7 +142,9 @@ class Wire:
         except OSError as error:
             raise ChannelClosed(f"lost {self.peer}: {error.strerror or error}") from error
         finally:
-            self._leave()
+            self._writing = False
+            if self._ended:
+                self._release()
 
     def finish(self) -> None:
         self._end(orderly=True)
@@ -142,13 +154,14 @@ class Wire:
 
     def _send(self, pieces: list[memoryview]) -> int:
         """Bytes the system took, 0 if none."""
-        with contextlib.suppress(BlockingIOError):
-            if hasattr(self._sock, "sendmsg"):
+        try:
+            if self._vectored:
                 return self._sock.sendmsg(pieces[:_VECTORS])
             if len(pieces) > 1 and sum(piece.nbytes for piece in pieces) <= _JOIN:
                 return self._sock.send(b"".join(pieces))
             return self._sock.send(pieces[0])
-        return 0
+        except BlockingIOError:
+            return 0
 
     def _wait(self, readiness: Readiness, deadline: float | None) -> None:
         if not readiness.wait(deadline):
@@ -158,19 +171,6 @@ class Wire:
 
     def _closed(self) -> ChannelClosed:
         return ChannelClosed(f"the connection to {self.peer} was closed here")
-
-    def _enter(self) -> None:
-        with self._state:
-            if self._ended:
-                raise self._closed()
-            self._users += 1
-
-    def _leave(self) -> None:
-        with self._state:
-            self._users -= 1
-            last = self._ended and not self._users
-        if last:
-            self._release()
 
     def _end(self, orderly: bool) -> None:
         with self._state:
@@ -184,12 +184,18 @@ class Wire:
                     # A reset instead of an orderly end: the system keeps nothing of an aborted connection.
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _reset())
             self._waker.send(b"\0")
-            last = not self._users
-        if last:
-            self._release()
+        self._release()
 
     def _release(self) -> None:
-        """Nobody is inside any more: gives the descriptors back, an orderly end only after the peer has read all."""
+        """If nobody is inside any more, gives the descriptors back; an orderly end only after the peer has read all.
+
+        Who enters says so before looking whether it is over, who ends it does the reverse, and whoever leaves looks again:
+        the last one out comes by here, without a lock on the way of every message.
+        """
+        with self._state:
+            if self._released or self._reading or self._writing:
+                return
+            self._released = True
         if self._orderly and not self._emptied():
             threading.Thread(target=self._linger, name="cake-tcp-linger", daemon=True).start()
         else:
