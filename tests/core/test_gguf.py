@@ -175,7 +175,7 @@ def test_every_truncation_is_an_error(path: Path) -> None:
             read_gguf(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 900), st.integers(0, 255)), min_size=1, max_size=6))
 def test_random_damage_never_escapes_as_anything_else(path: Path, changes: list[tuple[int, int]]) -> None:
     pristine = write_toy_gguf(path, METADATA, TENSORS).read_bytes()

@@ -146,7 +146,7 @@ def both(name: str, folder: Path, **more: Any) -> tuple[PreTrainedModel, GgufChe
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     model, checkpoint, _ = both(name, tmp_path)
-    weights = weight_source(checkpoint)
+    weights = weight_source(checkpoint, torch.device("cpu"))
     assert isinstance(weights, GgufWeights)
     expected = {key: value for key, value in model.state_dict().items() if key in weights.names()}
     assert model.state_dict().keys() - expected.keys() <= {"lm_head.weight"}

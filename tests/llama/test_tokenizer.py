@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Qwen2Tokenizer
@@ -316,8 +316,8 @@ def test_a_tokenizer_of_another_kind_is_refused(folder: Path) -> None:
 def test_a_gguf_without_a_tokenizer(bpe: tuple[list[str], list[str]], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="kind 'bert'"):
         load_tokenizer(write_gguf(tmp_path / "b.gguf", "bert", bpe[0]))
-    with pytest.raises(CheckpointError, match=r"no list of tokenizer\.ggml\.merges"):
-        load_tokenizer(write_gguf(tmp_path / "c.gguf", "gpt2", bpe[0]))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges is not a list of str"):
+        load_tokenizer(write_gguf(tmp_path / "c.gguf", "gpt2", bpe[0], token_merges=[1, 2]))
     with pytest.raises(CheckpointError, match="is damaged"):
         load_tokenizer(write_gguf(tmp_path / "d.gguf", "gpt2", bpe[0], token_merges=["zz qq"]))
     with pytest.raises(CheckpointError, match="differ in length"):
@@ -335,7 +335,6 @@ def both(bpe: tuple[list[str], list[str]], spm: bytes, tmp_path_factory: pytest.
     }
 
 
-@settings(max_examples=200, deadline=None)
 @given(kind=st.sampled_from(["bpe", "spm"]), ids=st.lists(st.integers(0, 419), max_size=30), skip=st.booleans())
 def test_a_stream_adds_up_to_decode_and_never_shows_half_a_character(
     both: dict[str, ModelTokenizer], kind: str, ids: list[int], skip: bool
@@ -354,7 +353,6 @@ def test_a_stream_adds_up_to_decode_and_never_shows_half_a_character(
         assert text.startswith(so_far)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     text=st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=40),
     kind=st.sampled_from(["bpe", "spm"]),

@@ -11,6 +11,7 @@ from cake_core.model import BACKEND_API, Layer, LoadOptions, ModelInfo, Progress
 from cake_llama.config import FAMILIES, ModelConfig, architecture_of
 from cake_llama.names import EMBED, HEAD, NORM, block_name, hf_names, layer_of
 from cake_llama.random_model import RandomCheckpoint, RandomTokenizer
+from cake_llama.shapes import check_shapes
 
 ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -32,6 +33,7 @@ class LlamaBackend:
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         config = ModelConfig.from_checkpoint(checkpoint)
         dtype = options.dtype if options.dtype != "auto" else config.dtype
+        check_shapes(checkpoint, config)
         names = self._tensors(checkpoint, config)
         context = options.context or config.context_length
         if context > config.context_length:

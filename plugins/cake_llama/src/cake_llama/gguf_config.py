@@ -57,15 +57,15 @@ class _Reader:
             "num_attention_heads": heads,
             "num_key_value_heads": self.count("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "vocab_size": self.tensor("token_embd.weight").shape[0],
+            "vocab_size": self.tensor("token_embd.weight", 2).shape[0],
             "max_position_embeddings": self.count("context_length"),
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon", 1e-5),
             "rope_theta": self.number("rope.freq_base", 10000.0),
             "rope_scaling": self.rope_scaling(),
-            "original_max_position_embeddings": self.value("rope.scaling.original_context_length"),
+            "original_max_position_embeddings": self.optional_count("rope.scaling.original_context_length"),
             "partial_rotary_factor": rotary / head_dim,
-            "sliding_window": self.value("attention.sliding_window") or None,
-            "use_sliding_window": bool(self.value("attention.sliding_window")),
+            "sliding_window": self.optional_count("attention.sliding_window"),
+            "use_sliding_window": bool(self.optional_count("attention.sliding_window")),
             "attention_bias": "blk.0.attn_q.bias" in self.headers,
             "attention_out_bias": "blk.0.attn_output.bias" in self.headers,
             "mlp_bias": "blk.0.ffn_up.bias" in self.headers,
@@ -88,7 +88,7 @@ class _Reader:
         """
         tensors = self.checkpoint.tensors
         attention = self.number("rope.scaling.attn_factor", 1.0)
-        original = self.value("rope.scaling.original_context_length") or self.count("context_length")
+        original = self.optional_count("rope.scaling.original_context_length") or self.count("context_length")
         if "rope_freqs.weight" in tensors:
             factors = self.floats("rope_freqs.weight")
             return self._longrope(factors, factors, 1.0, original)
@@ -144,6 +144,10 @@ class _Reader:
             raise self._bad(key, found)
         return found
 
+    def optional_count(self, key: str) -> int | None:
+        """As `count`; None where the key is missing or 0."""
+        return self.count(key) if self.value(key) else None
+
     def number(self, key: str, default: float) -> float:
         found = self.value(key, default)
         if type(found) not in (int, float) or not 0 < found < float("inf"):
@@ -153,10 +157,10 @@ class _Reader:
     def _bad(self, key: str, found: object) -> CheckpointError:
         return CheckpointError(f"{self.checkpoint.path}: {self.architecture}.{key} is {found!r}; download the file again")
 
-    def tensor(self, name: str) -> TensorInfo:
+    def tensor(self, name: str, dimensions: int) -> TensorInfo:
         found = self.headers.get(name)
-        if found is None:
-            raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}; download it again")
+        if found is None or len(found.shape) != dimensions:
+            raise CheckpointError(f"{self.checkpoint.path} has no tensor {name} of {dimensions} dimensions; download it again")
         return found
 
     def floats(self, name: str) -> list[float]:

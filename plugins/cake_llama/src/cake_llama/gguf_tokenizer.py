@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.requests import SamplingDefaults
 from cake_llama.build_tokenizer import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary, build_bpe, build_sentencepiece
-from cake_llama.tokenizer import TokenizerParts, byte_level_bytes, sentencepiece_bytes
+from cake_llama.tokenizer import TokenizerParts, byte_level_bytes, sampling_defaults, sentencepiece_bytes
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
+
+T = TypeVar("T", str, int, float)
 
 _PREFIX = "tokenizer.ggml."
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -28,7 +30,7 @@ def read_gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
     """Raises CheckpointError for a file without tokenizer or with a damaged one, UnsupportedModel for a kind not served."""
     data = {key.removeprefix(_PREFIX): value for key, value in checkpoint.config.items() if key.startswith(_PREFIX)}
     kind = data.get("model")
-    if kind is None or "tokens" not in data:
+    if kind is None or not data.get("tokens"):
         raise CheckpointError(f"{checkpoint.path} has no tokenizer; use a GGUF file with one")
     if kind not in ("gpt2", "llama"):
         raise UnsupportedModel(
@@ -41,7 +43,7 @@ def read_gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
     add_bos = data.get("add_bos_token", not bpe or pre in _BOS_BY_DEFAULT)
     prefix_space = bool(data.get("add_space_prefix", True))
     engine = (
-        build_bpe(vocabulary, _texts(checkpoint, data, "merges"), pre)
+        build_bpe(vocabulary, _values(checkpoint, data, "merges", str), pre)
         if bpe
         else build_sentencepiece(vocabulary, prefix_space=prefix_space, byte_fallback="<0x0A>" in vocabulary.tokens)
     )
@@ -60,24 +62,25 @@ def read_gguf_tokenizer(checkpoint: Checkpoint) -> TokenizerParts:
 
 
 def _vocabulary(checkpoint: Checkpoint, data: Mapping[str, Any]) -> Vocabulary:
-    tokens = _texts(checkpoint, data, "tokens")
-    types, scores = list(data.get("token_type", ())), list(data.get("scores", ()))
+    tokens = _values(checkpoint, data, "tokens", str)
+    types, scores = _values(checkpoint, data, "token_type", int), _values(checkpoint, data, "scores", float)
     if (types and len(types) != len(tokens)) or (scores and len(scores) != len(tokens)):
         raise CheckpointError(f"{checkpoint.path} has a tokenizer whose lists differ in length; download it again")
     phi3 = checkpoint.config.get("general.architecture") == "phi3" and data["model"] == "llama"
     return Vocabulary(tokens, types or [NORMAL] * len(tokens), scores, swallows_space=phi3)
 
 
-def _texts(checkpoint: Checkpoint, data: Mapping[str, Any], key: str) -> list[str]:
-    values = list(data.get(key, ()))
-    if not values or not all(isinstance(value, str) for value in values):
-        raise CheckpointError(f"{checkpoint.path} has no list of {_PREFIX}{key}; use another GGUF file of this model")
-    return values
+def _values(checkpoint: Checkpoint, data: Mapping[str, Any], key: str, kind: type[T]) -> list[T]:
+    """A list of the metadata, empty where there is none."""
+    found = data.get(key, ())
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(isinstance(value, kind) for value in found):
+        raise CheckpointError(f"{checkpoint.path}: {_PREFIX}{key} is not a list of {kind.__name__}; download the file again")
+    return list(found)
 
 
 def _id(data: Mapping[str, Any], key: str, vocabulary: Vocabulary) -> int | None:
     value = data.get(key)
-    return value if isinstance(value, int) and 0 <= value < len(vocabulary.tokens) else None
+    return value if type(value) is int and 0 <= value < len(vocabulary.tokens) else None
 
 
 def _stop_ids(data: Mapping[str, Any], vocabulary: Vocabulary) -> frozenset[int]:
@@ -87,10 +90,9 @@ def _stop_ids(data: Mapping[str, Any], vocabulary: Vocabulary) -> frozenset[int]
 
 
 def _defaults(config: Mapping[str, Any]) -> SamplingDefaults:
-    names = {
-        "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repeat_penalty": "penalty_repeat",
-    }  # fmt: skip
-    return SamplingDefaults(**{name: config.get(f"general.sampling.{key}") for name, key in names.items()})
+    prefix = "general.sampling."
+    found = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+    return sampling_defaults({**found, "temperature": found.get("temp"), "repeat_penalty": found.get("penalty_repeat")})
 
 
 def _templates(config: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.requests import SamplingDefaults
 from cake_llama.build_tokenizer import build_sentencepiece
 from cake_llama.sentencepiece import read_sentencepiece
-from cake_llama.tokenizer import TokenizerParts, byte_level_bytes, sentencepiece_bytes
+from cake_llama.tokenizer import TokenizerParts, byte_level_bytes, sampling_defaults, sentencepiece_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -108,14 +108,8 @@ def _templates(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) 
 
 def _defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
     """A model that says `do_sample: false` means the most likely token, whatever temperature stands beside it."""
-    temperature = 0.0 if generation.get("do_sample") is False else generation.get("temperature")
-    return SamplingDefaults(
-        temperature,
-        generation.get("top_k"),
-        generation.get("top_p"),
-        generation.get("min_p"),
-        generation.get("repetition_penalty"),
-    )
+    greedy = {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return sampling_defaults({**generation, "repeat_penalty": generation.get("repetition_penalty"), **greedy})
 
 
 def _token_id(engine: tokenizers.Tokenizer, token: Any) -> int | None:

@@ -7,6 +7,7 @@ character, never waits for a byte that cannot come, and always adds up to `decod
 from __future__ import annotations
 
 import codecs
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,6 +139,14 @@ class ByteStream:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+def sampling_defaults(values: Mapping[str, Any]) -> SamplingDefaults:
+    """Takes what is a sensible number, and the rest as not said."""
+    sensible = {name: value for name, value in values.items() if type(value) in (int, float) and 0 <= value < math.inf}
+    floats = {name: sensible.get(name) for name in ("temperature", "top_p", "min_p", "repeat_penalty")}
+    top_k = sensible.get("top_k")
+    return SamplingDefaults(top_k=None if top_k is None else int(top_k), **floats)
 
 
 def _special_texts(info: Mapping[str, Any]) -> dict[str, str]:
