@@ -7,12 +7,16 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import cbor2
 import pytest
 from tests.core.security_rig import BINDING, KEY, OTHER, dialler_takes, listener_takes, overheard
 
-from cake_core import handshake
+from cake_core import cbor, handshake
+from cake_core.cbor import load_map
 from cake_core.errors import AuthenticationError, ProtocolError
 from cake_core.handshake import MAGIC, MAX_HELLO, NONCE, Handshake
+from cake_core.model import Batch, Row, Tensor, Want
+from cake_core.protocol import BodyReader, Message, Type, encode_batch
 
 ME = bytes(NONCE)
 
@@ -158,6 +162,24 @@ def early_body():
         handshake.refuse_body(b"header", 1 << 30)
 
 
+def tagged_cbor():
+    """A codec makes objects of tags: a regular expression of the peer's, for one."""
+    with pytest.raises(ProtocolError):
+        load_map(cbor2.dumps({"a": cbor2.CBORTag(4, [1, 2])}))
+
+
+def deep_cbor():
+    with pytest.raises(ProtocolError):
+        load_map(b"\xa1\x61a" + b"\x81" * 100 + b"\x00")
+
+
+def shape_and_length_that_disagree():
+    tokens = Tensor("i32", (2,), bytes(8))
+    header, _ = encode_batch(Type.FORWARD, 1, Batch((Row(1, 0, 2, Want()),), {"tokens": tokens}))
+    with pytest.raises(ProtocolError):
+        BodyReader(1 << 20).allocate(header, 9)
+
+
 # The mutations: each removes one defence.
 
 original = Handshake._proof
@@ -249,6 +271,14 @@ def bodies_are_taken_from_strangers(patch):
     patch.setattr(handshake, "refuse_body", lambda header, length: memoryview(b""))
 
 
+def cbor_goes_to_the_codec_unseen(patch):
+    patch.setattr(cbor, "check_cbor", lambda data: None)
+
+
+def the_declared_length_is_believed(patch):
+    patch.setattr(Message, "body_length", property(lambda self: 9))
+
+
 @dataclass(frozen=True)
 class Case:
     attack: Callable[[], None]
@@ -272,6 +302,9 @@ CASES = [
     Case(reordered, any_order_will_do),
     Case(giant_hello, hellos_may_be_of_any_size),
     Case(early_body, bodies_are_taken_from_strangers),
+    Case(tagged_cbor, cbor_goes_to_the_codec_unseen),
+    Case(deep_cbor, cbor_goes_to_the_codec_unseen),
+    Case(shape_and_length_that_disagree, the_declared_length_is_believed),
 ]
 
 
