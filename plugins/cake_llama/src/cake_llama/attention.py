@@ -52,32 +52,34 @@ class StepPlan:
     sin: Tensor
 
 
-def attend(plan: StepPlan, cache: KvCache, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Writes k, v [T, kv_heads, head_dim] to the cache and attends with q [T, heads, head_dim]; returns [T, heads * head_dim].
+def attend(plan: StepPlan, cache: KvCache, layer: int, qkv: Tensor, window: int | None) -> Tensor:
+    """Writes keys and values to the cache of a layer and attends with the queries: [T, heads * head_dim].
 
-    `window`: positions a query sees, itself included; None for all.
+    `qkv` is [T, heads + 2 * kv_heads, head_dim]; `window`: positions a query sees, itself included; None for all.
     """
     keys, values = cache.keys[layer], cache.values[layer]
-    keys.index_copy_(0, plan.slots, k.to(keys.dtype))
-    values.index_copy_(0, plan.slots, v.to(values.dtype))
-    tokens, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
-    out = torch.empty((tokens, heads * head_dim), dtype=q.dtype, device=q.device)
-    for row in plan.rows:
-        where, mask = row.view(window, q.device)
-        own = slice(row.start, row.start + row.length)
-        # Heads that share keys are folded: [1, kv_heads, group * length, head_dim] against [1, kv_heads, keys, head_dim].
-        folded = q[own].view(row.length, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
-        k_row = keys[where].to(q.dtype).transpose(0, 1)
-        v_row = values[where].to(q.dtype).transpose(0, 1)
-        if row.length == 1:
-            attended = scaled_dot_product_attention(folded.squeeze(2)[None], k_row[None], v_row[None])
-            out[own] = attended.reshape(1, -1)
-        else:
-            group = heads // kv_heads
-            wide = (kv_heads, group, k_row.shape[1], head_dim)
-            attended = scaled_dot_product_attention(
-                folded, k_row[:, None].expand(wide), v_row[:, None].expand(wide), attn_mask=mask
-            )
-            out[own] = attended.permute(2, 0, 1, 3).reshape(row.length, -1)
-    return out
+    heads = qkv.shape[1] - 2 * kv_heads
+    keys.index_copy_(0, plan.slots, qkv[:, heads : heads + kv_heads].to(keys.dtype))
+    values.index_copy_(0, plan.slots, qkv[:, heads + kv_heads :].to(values.dtype))
+    q = qkv[:, :heads]
+    if len(plan.rows) == 1:
+        return _attend_row(plan.rows[0], q, keys, values, window)
+    rows = [_attend_row(row, q[row.start : row.start + row.length], keys, values, window) for row in plan.rows]
+    return torch.cat(rows)
+
+
+def _attend_row(row: RowPlan, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """One row's queries [length, heads, head_dim] against its own slots of the pools: [length, heads * head_dim]."""
+    where, mask = row.view(window, q.device)
+    length, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    k, v = (pool[where].to(q.dtype).transpose(0, 1) for pool in (keys, values))  # [kv_heads, keys, head_dim] each
+    if length == 1:
+        # The queries that share a head's keys stand as its sequence, so nothing is repeated.
+        queries = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
+        return scaled_dot_product_attention(queries, k[None], v[None]).reshape(1, -1)
+    queries = q.reshape(length, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+    wide = (kv_heads, heads // kv_heads, k.shape[1], head_dim)
+    attended = scaled_dot_product_attention(queries, k[:, None].expand(wide), v[:, None].expand(wide), attn_mask=mask)
+    return attended.permute(2, 0, 1, 3).reshape(length, -1)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from cake_core.checkpoint import Checkpoint
+from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import ConfigError
-from cake_core.model import BACKEND_API, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
-from cake_llama.config import FAMILIES, ModelConfig, architecture_of
-from cake_llama.names import EMBED, HEAD, NORM, block_name, hf_names, layer_of
+from cake_core.model import BACKEND_API, DTYPE_SIZES, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
+from cake_llama.config import FAMILIES, KV_BLOCK, ModelConfig, architecture_of
+from cake_llama.names import EMBED, layer_tensors
 from cake_llama.random_model import RandomCheckpoint, RandomTokenizer
-from cake_llama.shapes import check_shapes
-
-ITEM = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 class LlamaBackend:
@@ -33,8 +31,11 @@ class LlamaBackend:
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         config = ModelConfig.from_checkpoint(checkpoint)
         dtype = options.dtype if options.dtype != "auto" else config.dtype
-        check_shapes(checkpoint, config)
-        names = self._tensors(checkpoint, config)
+        if options.quantize not in (None, "none"):
+            raise ConfigError(f"--quantize {options.quantize} is not served by {self.name} yet; leave it out")
+        if options.kv_dtype not in ("auto", "f32", "f16", "bf16"):
+            raise ConfigError(f"--kv-dtype {options.kv_dtype} is not served by {self.name}; use auto, f32, f16 or bf16")
+        item, kv_item = DTYPE_SIZES[dtype], DTYPE_SIZES[dtype if options.kv_dtype == "auto" else options.kv_dtype]
         context = options.context or config.context_length
         if context > config.context_length:
             raise ConfigError(f"--context {context} is more than the {config.context_length} that {checkpoint.name} can do")
@@ -43,12 +44,14 @@ class LlamaBackend:
             model_type="text",
             name=checkpoint.name,
             architecture=config.architecture,
-            layers=tuple(_layer(checkpoint, config, name, tensors, ITEM[dtype]) for name, tensors in names.items()),
+            layers=tuple(
+                _layer(config, name, found, item, kv_item) for name, found in layer_tensors(checkpoint, config).items()
+            ),
             dtype=dtype,
-            hidden_bytes_per_token=config.hidden_size * ITEM[dtype],
+            hidden_bytes_per_token=config.hidden_size * item,
             vocab_size=config.vocab_size,
             context_length=context,
-            kv_block=16,
+            kv_block=KV_BLOCK,
             identity=_identity(config),
         )
 
@@ -77,60 +80,34 @@ class LlamaBackend:
 
         return probe(options)
 
-    def _tensors(self, checkpoint: Checkpoint, config: ModelConfig) -> Mapping[str, list[str]]:
-        """Names in the checkpoint of each layer's tensors, layers in order."""
-        found: dict[str, list[str]] = {EMBED: [], **{block_name(i): [] for i in range(config.num_layers)}, NORM: [], HEAD: []}
-        for hf_name, name in hf_names(checkpoint).items():
-            layer = layer_of(hf_name)
-            if layer in found:
-                found[layer].append(name)
-        if config.tied or not found[HEAD]:
-            found[HEAD] = list(found[EMBED])
-        return found
 
-
-def _layer(checkpoint: Checkpoint, config: ModelConfig, name: str, tensors: list[str], item: int) -> Layer:
-    infos = [checkpoint.headers[tensor] for tensor in tensors]
-    parameters = sum(_count(info.shape) for info in infos) or _expected_parameters(config, name)
+def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], item: int, kv_item: int) -> Layer:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     block = name.startswith("model.layers.")
     return Layer(
         name=name,
         nbytes=parameters * item,
-        tensors=tuple(tensors),
-        file_nbytes=sum(info.nbytes for info in infos),
-        kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * item if block else 0,
+        tensors=tuple(tensor.name for tensor in tensors),
+        file_nbytes=sum(tensor.nbytes for tensor in tensors),
+        kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * kv_item if block else 0,
         weights_read_per_token=0 if name == EMBED else parameters * item,
         flops_per_token=0 if name == EMBED else 2 * parameters,
     )
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dimension in shape:
-        count *= dimension
-    return count
-
-
-def _expected_parameters(config: ModelConfig, name: str) -> int:
-    """Parameters of a layer whose tensors are not in this checkpoint: in a bundle that holds other layers."""
-    hidden = config.hidden_size
-    if name in (EMBED, HEAD):
-        return config.vocab_size * hidden
-    if name == NORM:
-        return hidden
-    attention = hidden * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    return attention + 3 * hidden * config.intermediate_size + 2 * hidden
-
-
 def _identity(config: ModelConfig) -> dict[str, Any]:
     """What has to agree between nodes for their layers to fit together."""
+    rope = config.rope
     return {
         "architecture": config.architecture,
         "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
         "num_layers": config.num_layers,
         "heads": [config.num_heads, config.num_kv_heads, config.head_dim],
         "vocab_size": config.vocab_size,
         "norm_eps": config.norm_eps,
         "windows": [window or 0 for window in config.windows],
-        "rope": [config.rope.theta, config.rope.dim, config.rope.kind, config.rope.original_length],
+        "switches": [config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm, config.tied],
+        "rope": [rope.theta, rope.dim, rope.kind, rope.context_length],
+        "rope_scaling": {name: rope.parameters[name] for name in sorted(rope.parameters)},
     }

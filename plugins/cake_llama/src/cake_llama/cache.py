@@ -13,9 +13,9 @@ from itertools import pairwise
 import torch
 
 from cake_core.errors import CapacityError
+from cake_llama.config import KV_BLOCK
 
-BLOCK = 16
-"""Positions a block."""
+BLOCK = KV_BLOCK
 
 _FREE_RUN = re.compile(rb"\x00+")
 

@@ -9,6 +9,9 @@ from typing import Any
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError, UnsupportedModel
 
+KV_BLOCK = 16
+"""Positions a block of the KV cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -46,6 +49,19 @@ class RopeConfig:
     def original_length(self) -> int:
         """Positions the model was trained for before its context was extended."""
         return int(self.parameters.get("original_max_position_embeddings") or self.context_length)
+
+    @property
+    def longest(self) -> int:
+        """Positions that the scaling makes usable. `max_position_embeddings` counts them already but where the scaling was
+        added to a finished model, as linear, dynamic and yarn are."""
+        if self.kind in ("linear", "dynamic"):
+            return int(self.context_length * self.factor)
+        return max(self.context_length, int(self.original_length * self.factor)) if self.kind == "yarn" else self.context_length
+
+    @property
+    def factor(self) -> float:
+        """How much longer than trained; where the config does not say, it follows from the two lengths."""
+        return float(self.parameters.get("factor") or self.context_length / self.original_length)
 
     @property
     def depends_on_length(self) -> bool:
@@ -118,7 +134,7 @@ class _Reader:
         hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
         head_dim = self.count("head_dim", hidden // heads)
         layers = self.count("num_hidden_layers")
-        bias = self.flag("attention_bias")
+        bias, rope = self.flag("attention_bias"), self.rope(head_dim)
         return ModelConfig(
             architecture=architecture,
             vocab_size=self.count("vocab_size"),
@@ -129,8 +145,8 @@ class _Reader:
             num_kv_heads=self.count("num_key_value_heads", heads),
             head_dim=head_dim,
             norm_eps=self.number("rms_norm_eps", 1e-6),
-            context_length=self.count("max_position_embeddings"),
-            rope=self.rope(head_dim),
+            context_length=rope.longest,
+            rope=rope,
             windows=self.windows(family, layers),
             qkv_bias=bias if family.attention_bias is None else family.attention_bias,
             output_bias=self.flag("attention_out_bias", bias) if family.attention_bias is None else False,

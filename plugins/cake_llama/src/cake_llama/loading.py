@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.errors import CapacityError, ConfigError
+from cake_core.errors import CapacityError, CheckpointError, ConfigError
 from cake_core.model import LoadOptions, ModelInfo, Progress
 from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
 from cake_llama.memory import available_bytes
-from cake_llama.model import Loader, Parts
+from cake_llama.model import Dtypes, Loader, Parts
 from cake_llama.names import EMBED, HEAD, NORM
 from cake_llama.rotary import Rotary
-from cake_llama.stage import LlamaStage
+from cake_llama.stage import LlamaStage, StageSpec
 from cake_llama.weights import TORCH_DTYPES, weight_source
 
 KV_SHARE = 0.5
@@ -30,11 +31,12 @@ def load_stage(
 ) -> LlamaStage:
     """Raises ConfigError for a device that is not there, CapacityError before loading what does not fit."""
     config = ModelConfig.from_checkpoint(checkpoint)
+    _check_present(checkpoint, info, layers)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, config, device)
-    total = _check_fit(info, layers, device, dtype)
+    dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
+    total = _check_fit(info, layers, device)
     done = 0
 
     def moved(nbytes: int) -> None:
@@ -43,24 +45,38 @@ def load_stage(
         if progress is not None:
             progress(min(done, total), total)
 
-    loader = Loader(config, weight_source(checkpoint, device), device, dtype, moved)
+    loader = Loader(config, weight_source(checkpoint, device), device, dtypes, moved)
     with torch.inference_mode():
-        parts = _parts(loader, layers)
-    blocks = _blocks(info, layers, options, device)
-    cache = KvCache(len(parts.blocks), (config.num_kv_heads, config.head_dim), blocks, device, dtype)
+        parts = _parts(loader, layers, dtypes.computed)
+    kv_dtype = dtypes.stored if options.kv_dtype == "auto" else TORCH_DTYPES[options.kv_dtype]
+    cache = KvCache(
+        len(parts.blocks), (config.num_kv_heads, config.head_dim), _blocks(info, layers, options, device), device, kv_dtype
+    )
+    spec = StageSpec(config, tuple(layers), dtypes, info.context_length, done)
     rotary = Rotary(config.rope, device)
-    if device.type == "cuda" and _has_triton():
+    if device.type == "cuda" and kv_dtype is dtypes.computed and dtypes.stored is dtypes.computed and _has_triton():
         from cake_llama.cuda.graphs import capturable
 
         if capturable(config, parts):
             from cake_llama.cuda.stage import CudaStage
 
-            return CudaStage(config, tuple(layers), parts, cache, rotary, dtype, done, info.context_length)
-    return LlamaStage(config, tuple(layers), parts, cache, rotary, dtype, done)
+            return CudaStage(spec, parts, cache, rotary)
+    return LlamaStage(spec, parts, cache, rotary)
 
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _check_present(checkpoint: Checkpoint, info: ModelInfo, layers: Sequence[str]) -> None:
+    """A bundle knows all layers and holds some."""
+    for layer in layers:
+        missing = [name for name in info.layer(layer).tensors if name not in checkpoint.tensors]
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint.path} does not hold {layer} (no {missing[0]}); it was split for other layers: "
+                "give this node its own bundle or the whole model"
+            )
 
 
 def choose_device(name: str) -> torch.device:
@@ -95,37 +111,43 @@ def _usable(device: torch.device) -> bool:
             return False
 
 
-def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto`: the checkpoint's own where the device computes with it, else the nearest that it does."""
-    if name != "auto":
-        return TORCH_DTYPES[name]
-    own = TORCH_DTYPES[config.dtype]
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.float16 if own is torch.bfloat16 and not bf16 else own
+def choose_dtypes(name: str, device: torch.device, exactly: bool = True) -> Dtypes:
+    """Weights are kept as `name` says (unless `exactly`, as the other half-width type where only that one is computed with),
+    and computed in f32 where the device lacks the arithmetic."""
+    stored = TORCH_DTYPES[name]
+    if computes(device, stored):
+        return Dtypes(stored, stored)
+    if not exactly and stored is torch.bfloat16 and device.type != "cpu" and computes(device, torch.float16):
+        return Dtypes(torch.float16, torch.float16)
+    return Dtypes(stored, torch.float32)
+
+
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has fast arithmetic of a type."""
+    if dtype is torch.float32:
+        return True
     if device.type == "cpu":
-        return own if own is torch.bfloat16 and _cpu_has_bf16() else torch.float32
-    return torch.float16 if device.type == "mps" and own is torch.bfloat16 else own
+        return _cpu_has("bf16" if dtype is torch.bfloat16 else "fp16")
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return major >= 8 if dtype is torch.bfloat16 else major >= 7 or (major, minor) in ((5, 3), (6, 0), (6, 2))
+    return device.type != "mps" or dtype is torch.float16
 
 
-def _cpu_has_bf16() -> bool:
+def _cpu_has(dtype: str) -> bool:
     capabilities: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
     found = capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("arm_bf16") or found.get("bf16"))
+    return any(found.get(name) for name in (f"avx512_{dtype}", f"amx_{dtype}", f"arm_{dtype}", dtype))
 
 
-def _check_fit(info: ModelInfo, layers: Sequence[str], device: torch.device, dtype: torch.dtype) -> int:
+def _check_fit(info: ModelInfo, layers: Sequence[str], device: torch.device) -> int:
     """Bytes of the layers. Raises CapacityError with how many of them would fit."""
-    item = {"f32": 4, "f16": 2, "bf16": 2}[info.dtype]
-    sizes = [info.layer(name).nbytes * dtype.itemsize // item for name in layers]
+    sizes = [info.layer(name).nbytes for name in layers]
     if EMBED in layers and HEAD in layers and info.layer(EMBED).tensors == info.layer(HEAD).tensors:
         sizes[-1] = 0  # tied: one tensor serves both
     available = available_bytes(device)
     if sum(sizes) > available:
-        fitting, used = 0, 0
-        for size in sizes:
-            used += size
-            fitting += used <= available
+        fitting = sum(used <= available for used in accumulate(sizes))
         raise CapacityError(
             f"{len(layers)} layers need {sum(sizes) / 1e9:.2f} GB, {device} has {available / 1e9:.2f} GB left; "
             f"{fitting} of them would fit: give this node fewer layers, or use a smaller --dtype"
@@ -133,12 +155,12 @@ def _check_fit(info: ModelInfo, layers: Sequence[str], device: torch.device, dty
     return sum(sizes)
 
 
-def _parts(loader: Loader, layers: Sequence[str]) -> Parts:
-    embedding = loader.tensor(f"{EMBED}.weight") if EMBED in layers else None
+def _parts(loader: Loader, layers: Sequence[str], dtype: torch.dtype) -> Parts:
+    embedding = loader.embedding() if EMBED in layers else None
     indices = [int(name.rsplit(".", 1)[1]) for name in layers if name.startswith("model.layers.")]
     blocks = [loader.block(index, place) for place, index in enumerate(indices)]
     norm = loader.norm(NORM) if NORM in layers else None
-    return Parts(embedding, blocks, norm, loader.head(embedding) if HEAD in layers else None)
+    return Parts(embedding, blocks, norm, loader.head(embedding) if HEAD in layers else None, dtype)
 
 
 def _blocks(info: ModelInfo, layers: Sequence[str], options: LoadOptions, device: torch.device) -> int:

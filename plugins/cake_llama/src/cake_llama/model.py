@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from cake_llama.attention import StepPlan, attend
 from cake_llama.cache import KvCache
 from cake_llama.config import ModelConfig
-from cake_llama.names import EMBED, HEAD, block_name
-from cake_llama.rotary import rotate
+from cake_llama.names import EMBED, HEAD, block_parts
+from cake_llama.rotary import rotate_
 from cake_llama.weights import WeightSource
 
 Project = Callable[[Tensor], Tensor]
@@ -24,12 +24,23 @@ Project = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Dtypes:
+    """What weights are kept in, and what is computed in: wider where the device lacks the arithmetic."""
+
+    stored: torch.dtype
+    computed: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
+    """Weights may be stored narrower than what is computed in: they are widened a matrix at a time."""
+
     weight: Tensor  # [out, in]
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight = self.weight if self.weight.dtype is x.dtype else self.weight.to(x.dtype)
+        return linear(x, weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +71,22 @@ class Block:
 
     def __call__(self, x: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
         x = x + self._attention(self.input_norm(x), plan, cache)
-        gate, up = self.gate_up(self.post_norm(x)).chunk(2, -1)  # [T, intermediate] each
-        return x + self.down(silu(gate) * up)
+        return x + self._feed_forward(self.post_norm(x))
 
     def _attention(self, x: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
-        c = self.config
-        heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
-        q, k, v = (
-            part.view(len(x), count, c.head_dim)
-            for part, count in zip(torch.split(self.qkv(x), [n * c.head_dim for n in heads], -1), heads, strict=True)
-        )
+        heads, kv_heads, head_dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        qkv = self.qkv(x).view(len(x), heads + 2 * kv_heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, plan.cos, plan.sin), rotate(k, plan.cos, plan.sin)
-        return self.output(attend(plan, cache, self.index, q, k, v, self.window))
+            q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        rotate_(qkv[:, : heads + kv_heads], plan.cos, plan.sin)
+        return self.output(attend(plan, cache, self.index, qkv, self.window))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        both = self.gate_up(x)  # [T, gate and up]
+        inner = both.shape[-1] // 2
+        return self.down(silu(both[:, :inner]).mul_(both[:, inner:]))
 
 
 @dataclass(slots=True)
@@ -84,92 +97,76 @@ class Parts:
     blocks: Sequence[Block]
     norm: Norm | None
     head: Project | None
+    dtype: torch.dtype = torch.float32
+    """Of the hidden states inside; weights may be stored in another."""
 
     def hidden(self, tokens: Tensor | None, hidden: Tensor | None, plan: StepPlan, cache: KvCache) -> Tensor:
         """[T] ids or [T, hidden_size] through this stage's layers, the head left out."""
         if self.embedding is not None and tokens is not None:
-            hidden = self.embedding[tokens]
+            hidden = embedding(tokens, self.embedding).to(self.dtype)
         assert hidden is not None  # noqa: S101 - the stage has checked its inputs
         for block in self.blocks:
             hidden = block(hidden, plan, cache)
         return hidden if self.norm is None else self.norm(hidden)
 
 
-# Loading: one table of names
-
-
-def block_tensors(config: ModelConfig, index: int) -> dict[str, tuple[str, ...]]:
-    """Names of a block's weights by our part; several are stacked, in this order. Biases stand beside them as `.bias`."""
-    prefix = f"{block_name(index)}."
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    names = {
-        "input_norm": (f"{prefix}input_layernorm",),
-        "post_norm": (f"{prefix}post_attention_layernorm",),
-        "qkv": (f"{attention}qkv_proj",) if config.fused else tuple(f"{attention}{x}_proj" for x in "qkv"),
-        "output": (f"{attention}o_proj",),
-        "gate_up": (f"{mlp}gate_up_proj",) if config.fused else (f"{mlp}gate_proj", f"{mlp}up_proj"),
-        "down": (f"{mlp}down_proj",),
-    }
-    if config.qk_norm:
-        names |= {"q_norm": (f"{attention}q_norm",), "k_norm": (f"{attention}k_norm",)}
-    return names
-
-
 class Loader:
-    """Builds layers from a source of weights, on one device and in one dtype. `moved(nbytes)` is told of each tensor."""
+    """Builds layers from a source of weights. `moved(nbytes)` is told of each tensor that has been loaded."""
 
     def __init__(
         self,
         config: ModelConfig,
         source: WeightSource,
         device: torch.device,
-        dtype: torch.dtype,
+        dtypes: Dtypes,
         moved: Callable[[int], None] = lambda nbytes: None,  # noqa: ARG005
     ) -> None:
         self._config = config
         self._source = source
-        self._names = frozenset(source.names())
         self._device = device
-        self._dtype = dtype
+        self._dtypes = dtypes
         self._moved = moved
 
-    def tensor(self, name: str) -> Tensor:
-        loaded = self._source.load(name, self._dtype).to(self._device)
-        self._moved(loaded.numel() * loaded.element_size())
+    def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        loaded = self._source.load(name, dtype).to(self._device)
+        self._moved(loaded.numel() * self._dtypes.stored.itemsize)
         return loaded
 
+    def embedding(self) -> Tensor:
+        return self.tensor(f"{EMBED}.weight", self._dtypes.stored)
+
+    def head(self, shared: Tensor | None) -> Project:
+        """`lm_head`, which is the embedding where the two are tied; `shared` if this stage holds it already."""
+        if self._config.tied:
+            return Linear(self.embedding() if shared is None else shared)
+        return self.linear([HEAD])
+
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:
-        weights = self._stacked([f"{name}.weight" for name in names])
-        return Linear(weights, self._stacked([f"{name}.bias" for name in names]) if bias else None)
+        """Several are stacked into one, so that a step costs one product."""
+        weight = self._stacked([f"{name}.weight" for name in names], self._dtypes.stored)
+        return Linear(weight, self._stacked([f"{name}.bias" for name in names], self._dtypes.computed) if bias else None)
 
     def norm(self, name: str) -> Norm:
-        return Norm(self.tensor(f"{name}.weight"), self._config.norm_eps)
+        return Norm(self.tensor(f"{name}.weight", self._dtypes.computed), self._config.norm_eps)
 
     def block(self, index: int, place: int) -> Block:
         """Layer `index` of the model, the `place`-th of its stage."""
-        config, names = self._config, block_tensors(self._config, index)
-        q_norm, k_norm = (self.norm(names[n][0]) if n in names else None for n in ("q_norm", "k_norm"))
+        config, names = self._config, block_parts(self._config, index)
         return Block(
-            config,
-            place,
-            config.windows[index],
-            self.norm(names["input_norm"][0]),
-            self.linear(names["qkv"], config.qkv_bias),
-            q_norm,
-            k_norm,
-            self.linear(names["output"], config.output_bias),
-            self.norm(names["post_norm"][0]),
-            self.linear(names["gate_up"], config.mlp_bias),
-            self.linear(names["down"], config.mlp_bias),
+            config=config,
+            index=place,
+            window=config.windows[index],
+            input_norm=self.norm(names["input_norm"][0]),
+            qkv=self.linear(names["qkv"], config.qkv_bias),
+            q_norm=self.norm(names["q_norm"][0]) if config.qk_norm else None,
+            k_norm=self.norm(names["k_norm"][0]) if config.qk_norm else None,
+            output=self.linear(names["output"], config.output_bias),
+            post_norm=self.norm(names["post_norm"][0]),
+            gate_up=self.linear(names["gate_up"], config.mlp_bias),
+            down=self.linear(names["down"], config.mlp_bias),
         )
 
-    def head(self, embedding: Tensor | None) -> Project:
-        """`lm_head`, which is the embedding where the two are tied; `embedding` if this stage holds it already."""
-        if f"{HEAD}.weight" in self._names and not self._config.tied:
-            return self.linear([HEAD])
-        return Linear(self.tensor(f"{EMBED}.weight") if embedding is None else embedding)
-
-    def _stacked(self, names: Sequence[str]) -> Tensor:
+    def _stacked(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
         if len(names) == 1:
-            return self.tensor(names[0])
-        return torch.cat([self.tensor(name) for name in names])
+            return self.tensor(names[0], dtype)
+        return torch.cat([self.tensor(name, dtype) for name in names])

@@ -17,7 +17,7 @@ from cake_llama.config import RopeConfig
 
 
 class Rotary:
-    """Cosines and sines for positions, [T, dim / 2] each, in f32."""
+    """Cosines and sines for positions, in f32."""
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         self.config = config
@@ -29,7 +29,7 @@ class Rotary:
         return values.to(self.device, torch.float32)
 
     def angles(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `positions` [T] in sequences of `lengths` [T]."""
+        """cos and sin for `positions` [T] in sequences of `lengths` [T]: [T, dim / 2] each."""
         angles = positions.to(torch.float32)[:, None] * self._inverse(lengths)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
@@ -40,7 +40,7 @@ class Rotary:
             return torch.where(long, self._frequencies[True], self._frequencies[False])
         if config.kind == "dynamic":
             # NTK-aware: the base grows with the length, so the slowest frequency is stretched just as much as needed.
-            factor, dim = float(config.parameters["factor"]), config.dim
+            factor, dim = config.factor, config.dim
             ratio = (factor * lengths.to(torch.float64) / config.context_length - (factor - 1)).clamp(min=1.0)
             base = config.theta * ratio ** (dim / (dim - 2))
             powers = torch.arange(0, dim, 2, dtype=torch.float64, device=lengths.device) / dim
@@ -48,12 +48,17 @@ class Rotary:
         return self._frequencies[False]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first 2 * cos.shape[-1] dimensions of every head of x [T, heads, head_dim], halves paired as in GPT-NeoX."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+def for_rotation(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Angles as `rotate_` takes them, [T, 1, dim] each, with its signs in them."""
+    return torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype)
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turns the first dimensions of every head of x [T, heads, head_dim] in place, halves paired as in GPT-NeoX."""
+    turning = x[..., : cos.shape[-1]]
+    half = cos.shape[-1] // 2
+    swapped = torch.cat((turning[..., half:], turning[..., :half]), -1)
+    turning.mul_(cos).addcmul_(swapped, sin)
 
 
 def _frequencies(config: RopeConfig, long: bool) -> Tensor:
@@ -62,7 +67,7 @@ def _frequencies(config: RopeConfig, long: bool) -> Tensor:
     base = config.theta**-powers
     match config.kind:
         case "linear":
-            return base / float(config.parameters["factor"])
+            return base / config.factor
         case "llama3":
             return _llama3(config, base)
         case "yarn":
@@ -79,7 +84,7 @@ def _frequencies(config: RopeConfig, long: bool) -> Tensor:
 def _llama3(config: RopeConfig, base: Tensor) -> Tensor:
     """Llama 3.1: slow frequencies divided by `factor`, fast ones kept, those between blended."""
     p = config.parameters
-    low, high, factor = float(p["low_freq_factor"]), float(p["high_freq_factor"]), float(p["factor"])
+    low, high, factor = float(p["low_freq_factor"]), float(p["high_freq_factor"]), config.factor
     turns = config.original_length * base / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return base * (blend + (1 - blend) / factor)
@@ -97,7 +102,7 @@ def _yarn(config: RopeConfig, base: Tensor) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return base / float(p["factor"]) * ramp + base * (1 - ramp)
+    return base / config.factor * ramp + base * (1 - ramp)
 
 
 def _attention_factor(config: RopeConfig) -> float:
@@ -107,7 +112,7 @@ def _attention_factor(config: RopeConfig) -> float:
     if config.kind == "yarn":
         if given is not None:
             return float(given)
-        factor = float(p["factor"])
+        factor = config.factor
         mscale, mscale_all = p.get("mscale"), p.get("mscale_all_dim")
         if mscale and mscale_all:
             return _mscale(factor, float(mscale)) / _mscale(factor, float(mscale_all))
@@ -115,7 +120,7 @@ def _attention_factor(config: RopeConfig) -> float:
     if config.kind == "longrope":
         if given is not None:
             return float(given)
-        factor = p.get("factor") or config.context_length / config.original_length
+        factor = config.factor
         return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(config.original_length))
     return 1.0
 

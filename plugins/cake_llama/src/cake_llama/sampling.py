@@ -20,15 +20,13 @@ _FEW = 1024
 def draw(logits: Tensor, params: SamplingParams, history: Sequence[int], prompt_length: int, choice: int) -> int:
     """One token from logits [vocabulary]; `history` is every token so far."""
     if params.temperature == 0 and not _changes_logits(params, len(history) - prompt_length):
-        if not torch.isfinite(logits.max()):
-            raise _not_numbers()
-        return int(_first_best(logits))
+        return _most_likely(logits)
     scores = _penalised(logits.to(torch.float64), params, history, prompt_length)
-    best = scores.max()
-    if not torch.isfinite(best):
-        raise _not_numbers()
     if params.temperature == 0:
-        return int(_first_best(scores))
+        return _most_likely(scores)
+    best = scores.max()
+    if not math.isfinite(best.item()):
+        raise _not_numbers()
     weights = ((scores - best) / params.temperature).exp()
     ids, kept = _kept(weights, params)
     if len(ids) == 1:
@@ -43,9 +41,12 @@ def _not_numbers() -> StageError:
     return StageError("the model's logits are not numbers, or every token is ruled out; try another dtype or fewer bans")
 
 
-def _first_best(logits: Tensor) -> Tensor:
-    """The lowest of the most likely ids: argmax promises no order among equals."""
-    return (logits == logits.max()).to(torch.uint8).argmax()
+def _most_likely(logits: Tensor) -> int:
+    """The lowest of the most likely ids, which is the one that `max` gives along a dimension."""
+    best, token = logits.max(0)
+    if not math.isfinite(best.item()):
+        raise _not_numbers()
+    return int(token)
 
 
 def _changes_logits(params: SamplingParams, generated: int) -> bool:

@@ -13,8 +13,8 @@ from cake_llama.answers import Answers, Asked
 from cake_llama.attention import RowPlan, StepPlan
 from cake_llama.cache import BLOCK, KvCache, Table
 from cake_llama.config import ModelConfig
-from cake_llama.model import Parts
-from cake_llama.rotary import Rotary
+from cake_llama.model import Dtypes, Parts
+from cake_llama.rotary import Rotary, for_rotation
 from cake_llama.wire import FROM_TORCH, TO_TORCH, from_wire, to_wire
 
 
@@ -41,29 +41,31 @@ class Step:
     targets: Sequence[int]
 
 
-class LlamaStage:
-    """One object for the layers a node holds; `dtype` is that of the hidden states inside, `weights` their bytes."""
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """What a stage is: `weights` are its bytes, `context` the most positions a session may have."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layers: tuple[str, ...],
-        parts: Parts,
-        cache: KvCache,
-        rotary: Rotary,
-        dtype: torch.dtype,
-        weights: int,
-    ) -> None:
-        self.layers = layers
-        self._config = config
+    config: ModelConfig
+    layers: tuple[str, ...]
+    dtypes: Dtypes
+    context: int
+    weights: int
+
+
+class LlamaStage:
+    """One object for the layers a node holds."""
+
+    def __init__(self, spec: StageSpec, parts: Parts, cache: KvCache, rotary: Rotary) -> None:
+        self.layers = spec.layers
+        self._spec = spec
+        self._config = spec.config
         self._parts = parts
         self._cache = cache
         self._rotary = rotary
         self._sessions: dict[int, Session] = {}
         self._reads_tokens = parts.embedding is not None or parts.head is not None
         self._device = rotary.device
-        self._dtype = dtype
-        self._weights = weights
+        self._dtype = spec.dtypes.computed
 
     # Sessions
 
@@ -86,10 +88,7 @@ class LlamaStage:
     def truncate(self, session: int, length: int) -> int:
         found = self._find(session)
         kept = max(0, min(length, found.table.length))
-        if kept < found.table.length:
-            found.sampled = None
-        self._cache.truncate(found.table, kept)
-        del found.tokens[kept:]
+        self._go_back(found, kept)
         return kept
 
     def close(self, session: int) -> None:
@@ -102,8 +101,8 @@ class LlamaStage:
         width = 2 * config.num_kv_heads * config.head_dim * (cache.keys[0].element_size() if cache.keys else 0)
         return Memory(
             device=str(self._device),
-            dtype=FROM_TORCH[self._dtype],
-            weights=self._weights,
+            dtype=FROM_TORCH[self._spec.dtypes.stored],
+            weights=self._spec.weights,
             kv_tokens=cache.blocks * BLOCK if cache.keys else 0,
             kv_tokens_free=cache.free_blocks * BLOCK if cache.keys else 0,
             kv_bytes_per_token=width * len(cache.keys),
@@ -135,12 +134,25 @@ class LlamaStage:
         pending = Pending()
         try:
             with torch.inference_mode():
-                pending.set(self._run(batch, self._check(batch)))
+                steps = self._check(batch)
+                try:
+                    pending.set(self._run(batch, steps))
+                except BaseException:
+                    # Nothing of a batch that failed may stay, or the next one would not continue where the caller stands.
+                    for step in steps:
+                        self._go_back(step.session, step.row.position)
+                    raise
         except CakeError as error:
             pending.fail(error)
         except torch.OutOfMemoryError as error:
             pending.fail(CapacityError(f"{self._device} ran out of memory: {error}; use fewer requests or less context"))
         return pending
+
+    def _go_back(self, session: Session, length: int) -> None:
+        if length < session.table.length:
+            session.sampled = None
+        self._cache.truncate(session.table, length)
+        del session.tokens[length:]
 
     def _check(self, batch: Batch) -> list[Step]:
         """Everything that can be wrong with a batch, before anything is changed."""
@@ -154,18 +166,28 @@ class LlamaStage:
             raise StageError("a session has two rows in one batch")
         steps, start, needed = [], 0, 0
         for row in batch.rows:
-            session = self._find(row.session)
-            if row.position != session.table.length:
-                raise StageError(
-                    f"session {row.session} is at position {session.table.length}, the row at {row.position}; "
-                    "a batch was lost or doubled"
-                )
+            session = self._continued(row)
             own = slice(start, start + row.length)
             steps.append(Step(row, session, start, self._resolve(session, tokens[own]), targets[own]))
             needed += self._cache.needed(session.table, row.position + row.length)
             start += row.length
-        self._cache.check_free(needed)
+        if self._cache.keys:
+            self._cache.check_free(needed)
         return steps
+
+    def _continued(self, row: Row) -> Session:
+        """The session that a row continues. Raises StageError when it does not."""
+        session = self._find(row.session)
+        if row.position != session.table.length:
+            raise StageError(
+                f"session {row.session} is at position {session.table.length}, the row at {row.position}; "
+                "a batch was lost or doubled"
+            )
+        if row.length < 1 or not 0 <= row.want.sample <= row.length:
+            raise StageError(f"session {row.session}: a row of {row.length} positions cannot draw {row.want.sample} tokens")
+        if row.position + row.length > self._spec.context:
+            raise StageError(f"session {row.session} would pass the context of {self._spec.context} positions")
+        return session
 
     def _ids(self, batch: Batch, name: str, total: int) -> list[int]:
         found = int32_values(batch.tensors[name]) if name in batch.tensors else []
@@ -195,7 +217,7 @@ class LlamaStage:
                 step.session.tokens += step.tokens
         if self._parts.head is None:
             named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
-            return Batch(batch.rows, {"hidden": to_wire(out if not named else out.to(TO_TORCH[named]))})
+            return Batch(batch.rows, {"hidden": to_wire(out.to(TO_TORCH.get(named, self._spec.dtypes.stored)))})
         answers = Answers(self._parts.head)
         asked = [Asked(s.row, s.start, s.session.tokens, s.session.spec, s.targets) for s in steps]
         for step, drawn in zip(steps, answers.collect(out, asked), strict=True):
@@ -217,5 +239,5 @@ class LlamaStage:
             positions += own
             lengths += [max(step.session.spec.prompt_length, position + 1) for position in own]
         at = torch.tensor(positions, device=self._device)
-        cos, sin = self._rotary.angles(at, torch.tensor(lengths, device=self._device))
-        return StepPlan(rows, torch.tensor(slots, device=self._device), cos.to(self._dtype), sin.to(self._dtype))
+        angles = self._rotary.angles(at, torch.tensor(lengths, device=self._device))
+        return StepPlan(rows, torch.tensor(slots, device=self._device), *for_rotation(*angles, self._dtype))

@@ -17,12 +17,11 @@ from cake_core.model import SAMPLED, Batch, Pending, SessionSpec
 from cake_core.sampling import uniform
 from cake_llama.answers import Answers, Asked
 from cake_llama.cache import KvCache
-from cake_llama.config import ModelConfig
 from cake_llama.cuda.draws import Draws
 from cake_llama.cuda.graphs import SIZES, Entry, Graphs
 from cake_llama.model import Parts
 from cake_llama.rotary import Rotary
-from cake_llama.stage import LlamaStage, Session, Step
+from cake_llama.stage import LlamaStage, Session, StageSpec, Step
 from cake_llama.wire import TO_TORCH, from_wire, to_wire
 
 
@@ -41,20 +40,10 @@ class _Flight:
 class CudaStage(LlamaStage):
     """`runs_ahead`: it holds the whole way from token to token, so a row may ask for the token drawn last."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layers: tuple[str, ...],
-        parts: Parts,
-        cache: KvCache,
-        rotary: Rotary,
-        dtype: torch.dtype,
-        weights: int,
-        context: int,
-    ) -> None:
-        super().__init__(config, layers, parts, cache, rotary, dtype, weights)
+    def __init__(self, spec: StageSpec, parts: Parts, cache: KvCache, rotary: Rotary) -> None:
+        super().__init__(spec, parts, cache, rotary)
         self.runs_ahead = parts.embedding is not None and parts.head is not None
-        self._graphs = Graphs(config, parts, cache, rotary, context, dtype)
+        self._graphs = Graphs(spec.config, parts, cache, rotary, spec.context, self._dtype)
         self._slots: dict[int, int] = {}
         self._free_slots = list(range(len(self._graphs.last) - 1, 0, -1))
         self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
