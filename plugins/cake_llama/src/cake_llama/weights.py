@@ -12,6 +12,8 @@ from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_llama.random_model import RandomCheckpoint, RandomWeights
 from cake_llama.wire import bytes_of
 
+CPU = torch.device("cpu")
+
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 _FILE_DTYPES: Mapping[str, torch.dtype] = {
@@ -30,7 +32,8 @@ class WeightSource(Protocol):
         """One tensor, on the CPU unless it is made elsewhere. Raises CheckpointError when it is missing or cannot be read."""
 
 
-def weight_source(checkpoint: Checkpoint, device: torch.device) -> WeightSource:
+def weight_source(checkpoint: Checkpoint, device: torch.device = CPU) -> WeightSource:
+    """`device` matters to random weights alone, which are made where they will be."""
     if isinstance(checkpoint, RandomCheckpoint):
         return RandomWeights(checkpoint, device)
     if checkpoint.format == "gguf":
