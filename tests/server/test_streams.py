@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 
 from cake_core.events import Finished, PromptDone, TokenEvent, Usage
 from cake_core.runtime import TextRuntime
+from cake_server import protocol
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000, "ignore_eos": True, "seed": 3}
@@ -209,3 +211,23 @@ def test_pipelined_and_broken_requests_do_not_hurt(server: Any) -> None:
             with contextlib.suppress(TimeoutError, ConnectionError):
                 connection.recv(65536)
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_connection_that_never_asks_is_closed(start: Any, runtime: TextRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "FIRST_REQUEST_TIMEOUT", 0.1)
+    server = start(runtime)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        assert connection.recv(1) == b""
+
+
+def test_headers_without_an_end_are_cut_off(server: Any) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
+        with pytest.raises(ConnectionError):
+            _send_headers(connection)
+
+
+def _send_headers(connection: socket.socket) -> None:
+    for _ in range(2000):
+        connection.sendall(b"x-more: " + b"x" * 1000 + b"\r\n")
+        time.sleep(0.001)
