@@ -62,7 +62,7 @@ def decode(stage: TextStage, prompts: Sequence[Sequence[int]], forced: Sequence[
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_graph_equals_eager(name: str, rows: int) -> None:
+def test_graph_equals_eager(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     checkpoint = checkpoint_of(name)
@@ -72,7 +72,10 @@ def test_graph_equals_eager(name: str, rows: int) -> None:
         options = LoadOptions(dtype=dtype, device="cuda", kv_tokens=4096)
         fast = stage_of(checkpoint, options)
         assert type(fast).__name__ == "CudaStage"
-        slow = stage_of(checkpoint, LoadOptions(dtype=dtype, device="cpu", kv_tokens=4096))
+        monkeypatch.setattr("cake_llama.loading._has_triton", lambda: False)
+        slow = stage_of(checkpoint, options)
+        monkeypatch.undo()
+        assert type(slow).__name__ == "LlamaStage"
         a, b = decode(fast, prompts, forced), decode(slow, prompts, forced)
         fast.shutdown()
         slow.shutdown()
@@ -81,14 +84,15 @@ def test_graph_equals_eager(name: str, rows: int) -> None:
 
 
 @pytest.mark.gpu
-def test_hidden_states_of_a_middle_stage() -> None:
+def test_hidden_states_of_a_middle_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     checkpoint = checkpoint_of("llama")
     layers = ["model.layers.1", "model.layers.2"]
     results = []
-    for device in ("cuda", "cpu"):
-        stage = stage_of(checkpoint, LoadOptions(dtype="f32", device=device, kv_tokens=512), layers)
+    for triton in (True, False):
+        monkeypatch.setattr("cake_llama.loading._has_triton", lambda: triton)  # noqa: B023 - used at once
+        stage = stage_of(checkpoint, LoadOptions(dtype="f32", device="cuda", kv_tokens=512), layers)
         stage.open(1, SessionSpec(SamplingParams(), 5))
         values = torch.linspace(-1, 1, 256 * 9).reshape(9, 256)
         from cake_llama.wire import to_wire
@@ -104,7 +108,7 @@ def test_hidden_states_of_a_middle_stage() -> None:
 
 
 @pytest.mark.gpu
-def test_running_ahead_on_the_device() -> None:
+def test_running_ahead_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that never come to the host between steps: greedy and drawn, equal to the step by step way."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -119,8 +123,9 @@ def test_running_ahead_on_the_device() -> None:
     info = LlamaBackend().describe(checkpoint, options)
     found = []
     for ahead in (True, False):
+        monkeypatch.setattr("cake_llama.loading._has_triton", lambda: ahead)  # noqa: B023 - used at once
         stage = LocalStage("master", stage_of(checkpoint, options))
-        stage.runs_ahead = ahead
+        assert stage.runs_ahead == ahead
         engine = TextEngine(info, LlamaBackend().tokenizer(checkpoint), Pipeline([stage]))
         requests = [
             TextRequest(tuple(range(5, 30 + i)), SamplingParams(seed=i, temperature=i / 4, top_k=40 * (i % 2)), max_tokens=50)

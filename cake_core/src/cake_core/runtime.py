@@ -26,6 +26,9 @@ from cake_core.transport import Address, Channel
 
 log = logging.getLogger(__name__)
 
+CHUNK, GPU_CHUNK = 512, 2048
+"""Prompt positions a batch: what nobody else has to wait for longer than."""
+
 NodeProgress = Callable[[str, int, int], None]
 """`progress(what, done, total)` in bytes."""
 
@@ -212,8 +215,7 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
                 stages.append(RemoteStage(nodes[span.node], index, span.layers))
         tokenizer = backend.tokenizer(spec.checkpoint)
         pipeline = Pipeline(stages, spec.wire_dtype)
-        remote = sum(isinstance(stage, RemoteStage) for stage in stages)
-        engine = TextEngine(info, tokenizer, pipeline, spec.limits or Limits(depth=max(1, remote)), nodes)
+        engine = TextEngine(info, tokenizer, pipeline, spec.limits or _limits(stages), nodes)
     except BaseException:
         nodes.close()
         for stage in local:
@@ -221,6 +223,14 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
         raise
     nodes.listen(engine.wake)
     return TextRuntime(info, placement, tokenizer, engine, pipeline, nodes, local)
+
+
+def _limits(stages: Sequence[Stage]) -> Limits:
+    """As many batches in flight as there are workers; larger prompt chunks where every stage is on a GPU, which a small one
+    leaves idle."""
+    remote = sum(isinstance(stage, RemoteStage) for stage in stages)
+    fast = all(stage.memory().device.startswith("cuda") for stage in stages)
+    return Limits(depth=max(1, remote), chunk=GPU_CHUNK if fast else CHUNK)
 
 
 def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:

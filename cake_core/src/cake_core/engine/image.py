@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
+from cake_core.engine.stream import events_of
 from cake_core.errors import CakeError, Cancelled, QueueFullError, StageError
 from cake_core.events import Failed, Finished, ImageEvent, Usage
 from cake_core.model import ImageModel, ModelInfo
@@ -63,23 +64,7 @@ class ImageEngine:
 
     def generate(self, request: ImageRequest) -> Generator[ImageEvent, None, None]:
         """The events of one job. Closing the iterator cancels; a Failed is raised as its error."""
-        events: queue.SimpleQueue[Sequence[ImageEvent]] = queue.SimpleQueue()
-        job = self.submit(request, events.put)
-        ended = False
-        try:
-            while not ended:
-                for event in events.get():
-                    ended = isinstance(event, Finished | Failed)
-                    if isinstance(event, Failed):
-                        raise event.error
-                    yield event
-        finally:
-            job.cancel()
-
-    @property
-    def model(self) -> ImageModel:
-        """The model it serves, for a backend's own measurements."""
-        return self._model
+        return events_of(lambda sink: self.submit(request, sink))
 
     @property
     def waiting(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from cake_llama.cache import KvCache, Table
@@ -36,6 +37,8 @@ class RowPlan:
         where = slots if isinstance(slots, slice) else torch.tensor(slots, device=device)
         if self.length == 1:
             return where, None
+        if window is None and device.type == "cuda":
+            return where, causal_lower_right(self.length, end)
         queries = torch.arange(self.position, end, device=device)[:, None]
         keys = torch.arange(begin, end, device=device)[None, :]
         mask = keys <= queries
@@ -79,6 +82,10 @@ def _attend_row(row: RowPlan, q: Tensor, keys: Tensor, values: Tensor, window: i
         # The queries that share a head's keys stand as its sequence, so nothing is repeated.
         queries = q.reshape(1, kv_heads, heads // kv_heads, head_dim)
         return scaled_dot_product_attention(queries, k[None], v[None]).reshape(1, -1)
+    if isinstance(mask, CausalBias):
+        # Flash attention knows this mask and shared heads; it neither builds the one nor repeats the other.
+        attended = scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
+        return attended[0].transpose(0, 1).reshape(length, -1)
     queries = q.reshape(length, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
     wide = (kv_heads, heads // kv_heads, k.shape[1], head_dim)
     attended = scaled_dot_product_attention(queries, k[:, None].expand(wide), v[:, None].expand(wide), attn_mask=mask)

@@ -75,6 +75,10 @@ class Graphs:
         self.last = torch.zeros(4096, dtype=torch.int64, device=self._device)
         """The token drawn last, by session slot; slot 0 belongs to unused rows."""
 
+    def ready(self, rows: int) -> bool:
+        """Whether the graph for so many rows exists; capturing one allows no other work on the device."""
+        return next(size for size in SIZES if size >= rows) in self._graphs
+
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Launches a step and returns (hidden states or f32 logits, most likely tokens), valid until the next step."""
         size = next(size for size in SIZES if size >= len(entries))
@@ -119,7 +123,7 @@ class Graphs:
                 self._step(graph, scratch)
         torch.cuda.current_stream(device).wait_stream(stream)
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, pool=self._pool):
+        with torch.cuda.graph(captured, pool=self._pool, capture_error_mode="thread_local"):
             graph.out, graph.best = self._step(graph, scratch)
         self._pool = captured.pool()
         graph.graph = captured

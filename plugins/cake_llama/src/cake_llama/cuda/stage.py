@@ -100,8 +100,8 @@ class CudaStage(LlamaStage):
             self._drain()
             pending.set(self._mixed(batch))
             return
-        if self._detailed_under_way:
-            self._drain()  # its tokens are drawn on landing, so `last` does not have them yet
+        if self._detailed_under_way or not self._graphs.ready(len(batch.rows)):
+            self._drain()  # tokens drawn on landing are not in `last` yet; a capture wants the device for itself
         steps = self._check(batch)
         if any(_needs_history(step) for step in steps):
             self._drain()
