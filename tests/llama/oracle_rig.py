@@ -97,8 +97,11 @@ CASES: Mapping[str, Case] = {
 }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, case: Case, dtype: torch.dtype = torch.float32) -> Path:
-    """Weights of a size at which attention looks around, biases and norms matter, and logits spread."""
+def write_checkpoint(folder: Path, case: Case, dtype: torch.dtype = torch.float32, gain: float = 2.0) -> Path:
+    """Weights of a size at which attention looks around, biases and norms matter, and logits spread.
+
+    `gain` of the attention's projections: at 1 it is as calm as in trained models, at 2 it magnifies whatever is wrong.
+    """
     config = CONFIG_MAPPING[case.family](**{**_SIZES, **copy.deepcopy(dict(case.switches))})
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
@@ -111,7 +114,7 @@ def write_checkpoint(folder: Path, case: Case, dtype: torch.dtype = torch.float3
             elif "embed" in name:
                 weight.normal_(0.0, 1.0)
             else:
-                weight.normal_(0.0, (2.0 if "_proj" in name and "self_attn" in name else 1.2) * weight.shape[1] ** -0.5)
+                weight.normal_(0.0, (gain if "self_attn" in name else 1.2) * weight.shape[1] ** -0.5)
     model.to(dtype).save_pretrained(folder)
     return folder
 
