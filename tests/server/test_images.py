@@ -120,6 +120,7 @@ def test_edits_hand_over_image_and_mask(image_api: httpx.Client) -> None:
         ({"steps": 100000}, "steps"),
         ({"seed": -7}, "seed"),
         ({"strength": 2}, "strength"),
+        ({"guidance_scale": 1e30}, "guidance_scale"),
         ({"prompt": "x" * 40_000}, "prompt"),
     ],
 )

@@ -17,6 +17,8 @@ from cake_server.settings import Settings
 MAX_IMAGES = 10
 MAX_PARTIAL = 3
 MAX_PROMPT = 32_000
+MAX_GUIDANCE = 1000
+"""Far beyond any use; further on the arithmetic of a model overflows."""
 ASSUMED_STEPS = 20
 """Steps to spread previews over when the request leaves their number to the model."""
 
@@ -95,6 +97,8 @@ def _checked(request: ImageRequest, settings: Settings) -> ImageRequest:
         raise RequestError(f"an image may have at most {settings.max_pixels} pixels", "size")
     if (request.steps or 0) > settings.max_steps:
         raise RequestError(f"at most {settings.max_steps} steps, not {request.steps}", "steps")
+    if abs(request.guidance or 0) > MAX_GUIDANCE:
+        raise RequestError(f"guidance_scale is {MAX_GUIDANCE} at most, not {request.guidance:g}", "guidance_scale")
     return request
 
 
