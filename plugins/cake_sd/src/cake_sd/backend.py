@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.errors import CheckpointError
+from cake_core.errors import UnsupportedModel
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import BACKEND_API, Component, ImageModel, LoadOptions, ModelInfo, Progress
 from cake_sd import layout
+from cake_sd.convert import is_single_file
 from cake_sd.options import SdOptions, process_options
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ class SdBackend:
     model_type: Literal["text", "image"] = "image"
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
-        return isinstance(checkpoint, DiffusersCheckpoint)
+        """Also a single-file checkpoint, to say at `describe` how it is converted."""
+        if isinstance(checkpoint, DiffusersCheckpoint):
+            return True
+        return checkpoint.path.is_file() and is_single_file(checkpoint.path)
 
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         return layout.describe(_diffusers(checkpoint, process_options(options)), options, self.name)
@@ -53,7 +57,10 @@ class SdBackend:
 def _diffusers(checkpoint: Checkpoint, sd: SdOptions) -> DiffusersCheckpoint:
     """The folder, with the files that `--sd-use-f16` wants where it has them."""
     if not isinstance(checkpoint, DiffusersCheckpoint):
-        raise CheckpointError(f"{checkpoint.path} is no diffusers folder; it needs a model_index.json")
+        raise UnsupportedModel(
+            f"{checkpoint.path} is a single-file checkpoint; convert it once with `python -m cake_sd.convert "
+            f"{checkpoint.path} FOLDER --config DIFFUSERS_FOLDER`, then use --model FOLDER"
+        )
     if sd.use_f16 is None:
         return checkpoint
     return type(checkpoint)(checkpoint.path, checkpoint.name, "fp16" if sd.use_f16 else "")

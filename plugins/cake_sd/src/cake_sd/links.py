@@ -16,6 +16,7 @@ from cake_core.errors import Cancelled, NodeError, NodeMismatch
 from cake_core.model import Component, Tensor
 from cake_sd.components import Arguments, Results, TorchComponent
 from cake_sd.denoiser import REPEAT, SAMPLES, sample_name
+from cake_sd.trace import Trace
 from cake_sd.wire import Packer, unpack_results
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Job:
     id: int
     cancelled: Callable[[], bool] = lambda: False
     traffic: Traffic = field(default_factory=Traffic)
+    trace: Trace | None = None
 
     def check(self) -> None:
         if self.cancelled():
@@ -143,7 +145,11 @@ class Replicas:
 
     def run(self, method: str, job: Job, arguments: Arguments, lane: int = 0) -> Results:
         """One call on the lane's own replica while it answers. Raises as `attempt` does."""
-        return self.attempt(job, lane, lambda link: link.run(method, job, arguments))
+        started = time.perf_counter()
+        results = self.attempt(job, lane, lambda link: link.run(method, job, arguments))
+        if job.trace is not None:
+            job.trace.add(f"{self.layer} {method}", started, time.perf_counter())
+        return results
 
     def attempt(self, job: Job, lane: int, work: Callable[[Link], T]) -> T:
         """Does `work` on the lane's replica, and all of it again on another when its node is lost.

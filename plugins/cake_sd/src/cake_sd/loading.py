@@ -208,7 +208,7 @@ def prepare(module: Any, layer: str, sd: SdOptions) -> Any:
     if sd.attention_slice is not None and KINDS[layer] == "denoiser" and hasattr(module, "set_attention_slice"):
         module.set_attention_slice("auto" if sd.attention_slice == 0 else sd.attention_slice)
     if sd.compile and KINDS[layer] == "denoiser":
-        module.compile(mode="max-autotune-no-cudagraphs", fullgraph=True)
+        module.compile(fullgraph=True)
     return module
 
 

@@ -6,12 +6,13 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cake_core.errors import Cancelled, ConfigError, NodeMismatch, StageError
-from cake_core.events import ImageDone
+from cake_core.events import ImageDone, ImageWarning
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import Component, ModelInfo
 from cake_core.requests import ImageRequest
@@ -25,6 +26,7 @@ from cake_sd.options import SdOptions
 from cake_sd.plan import Plan, make_plan
 from cake_sd.preview import LinearPreview
 from cake_sd.quiet import quieten
+from cake_sd.trace import Trace
 from cake_sd.wire import DTYPES
 
 Emit = Callable[[Any], None]
@@ -70,7 +72,10 @@ class Painter:
             plan = make_plan(request, self._lanes[0], self._checkpoint, self._sd)
             for warning in plan.warnings:
                 tell(warning)
+            job.trace = Trace() if plan.asked.trace else None
             self._paint(plan, job, tell)
+            if job.trace is not None:
+                tell(ImageWarning(f"wrote {job.trace.write(Path.cwd())}"))
         finally:
             self.traffic = job.traffic
             for replicas in self._replicas.values():
@@ -81,7 +86,7 @@ class Painter:
         order = _InOrder(emit)
         guard = threading.Lock()
         stop = threading.Event()
-        shared = Job(job.id, lambda: stop.is_set() or job.cancelled(), job.traffic)
+        shared = Job(job.id, lambda: stop.is_set() or job.cancelled(), job.traffic, job.trace)
 
         def work(lane: Lane) -> None:
             lane.job = shared
