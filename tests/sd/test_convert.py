@@ -22,6 +22,10 @@ RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }  # fmt: skip
+VAE = {
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block.attentions.0.": "mid.attn_1.",
+    "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.",
+}  # fmt: skip
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -55,8 +59,7 @@ def _rename(name: str, prefixes: dict[str, str]) -> str:
 
 
 def _vae_name(name: str, blocks: int) -> str:
-    for new, old in (("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), 
-                     ("mid_block.attentions.0.", "mid.attn_1."), ("mid_block.resnets.0.", "mid.block_1."), ("mid_block.resnets.1.", "mid.block_2.")):  # fmt: skip
+    for new, old in VAE.items():
         name = name.replace(new, old)
     for i in range(blocks):
         name = name.replace(f"down_blocks.{i}.resnets.", f"down.{i}.block.").replace(
