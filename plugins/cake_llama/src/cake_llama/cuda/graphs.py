@@ -43,6 +43,7 @@ class _Graph:
     held: list[tuple[int, int, int]]  # what each row of the table shows: identity, blocks, first block
     out: Tensor  # hidden [B, hidden_size], or logits f32 [B, vocabulary]
     best: Tensor | None  # i64 [B]: the most likely token, where the stage has the head
+    scratch: Scratch  # a graph writes to addresses: what it uses has to live as long as it does
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -115,7 +116,7 @@ class Graphs:
         hidden_in = torch.zeros((size, config.hidden_size), dtype=self._dtype, device=device)
         table = torch.full((size, width), -1, dtype=torch.int32, device=device)
         scratch = Scratch.make(size, config.num_heads, config.num_kv_heads, config.head_dim, hidden_in)
-        graph = _Graph(inputs, hidden_in, table, [(0, 0, 0)] * size, hidden_in, None)
+        graph = _Graph(inputs, hidden_in, table, [(0, 0, 0)] * size, hidden_in, None, scratch)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -188,14 +188,14 @@ def attention_kernel(
         place = (slot[:, None] * kv_heads + kv_head) * dim + at[None, :]
         mask = inside[:, None] & (at[None, :] < dim)
         k = tl.load(keys_ptr + place, mask=mask, other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k)) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(inside[None, :], scores, -1e30)
         larger = tl.maximum(best, tl.max(scores, 1))
         weights = tl.where(inside[None, :], tl.exp(scores - larger[:, None]), 0.0)
         shrink = tl.exp(best - larger)
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(values_ptr + place, mask=mask, other=0.0).to(q.dtype)
-        sums = sums * shrink[:, None] + tl.dot(weights.to(q.dtype), v)
+        sums = sums * shrink[:, None] + tl.dot(weights.to(q.dtype), v, input_precision="ieee")
         best = larger
     out = (row.to(tl.int64) * heads + head) * splits + split
     tl.store(partial_ptr + out[:, None] * dim + at[None, :], sums, mask=q_mask)
