@@ -6,6 +6,7 @@ not, they are gathered. Sessions share the blocks of a common prefix; a shared b
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,12 +21,16 @@ BLOCK = KV_BLOCK
 _FREE_RUN = re.compile(rb"\x00+")
 
 
+_versions = itertools.count(1)
+
+
 @dataclass(slots=True)
 class Table:
-    """The blocks of one session, in order of position."""
+    """The blocks of one session, in order of position. `version` is another number whenever they are others."""
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
+    version: int = field(default_factory=lambda: next(_versions))
 
     def slots(self, start: int, stop: int) -> slice | list[int]:
         """Where positions start .. stop - 1 lie in the pool: a slice when they are neighbours."""
@@ -74,6 +79,7 @@ class KvCache:
             self._copy_last(table)
         while len(table.blocks) * BLOCK < length:
             table.blocks.append(self._take(table.blocks[-1] if table.blocks else None))
+            table.version = next(_versions)
         table.length = length
 
     def fork(self, parent: Table, length: int) -> Table:
@@ -89,6 +95,7 @@ class KvCache:
             self._release(block)
         del table.blocks[keep:]
         table.length = length
+        table.version = next(_versions)
 
     def _must_copy(self, table: Table, length: int) -> bool:
         """Whether the last block is shared and would be written."""
@@ -101,6 +108,7 @@ class KvCache:
             pool[new * BLOCK : (new + 1) * BLOCK] = pool[old * BLOCK : (old + 1) * BLOCK]
         self._release(old)
         table.blocks[-1] = new
+        table.version = next(_versions)
 
     def _take(self, previous: int | None) -> int:
         """A free block: the one after `previous` if it is free, else in the middle of the longest free run, so that what

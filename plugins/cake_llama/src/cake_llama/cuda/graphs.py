@@ -40,7 +40,7 @@ class _Graph:
     inputs: Tensor  # i32 [B, 3]: token, position, slot
     hidden_in: Tensor  # [B, hidden_size]
     table: Tensor  # i32 [B, width]
-    held: list[tuple[int, int, int]]  # what each row of the table shows: identity, blocks, first block
+    held: list[int]  # the version of the blocks that each row of the table shows, 0 for none
     out: Tensor  # hidden [B, hidden_size], or logits f32 [B, vocabulary]
     best: Tensor | None  # i64 [B]: the most likely token, where the stage has the head
     scratch: Scratch  # a graph writes to addresses: what it uses has to live as long as it does
@@ -100,13 +100,12 @@ class Graphs:
         """Brings the device's tables up to date: only rows whose blocks changed since the last step."""
         for row, entry in enumerate(entries):
             blocks = entry.table.blocks
-            shown = (id(entry.table), len(blocks), blocks[-1])
-            if graph.held[row] != shown:
-                graph.held[row] = shown
+            if graph.held[row] != entry.table.version:
+                graph.held[row] = entry.table.version
                 graph.table[row, : len(blocks)].copy_(torch.tensor(blocks, dtype=torch.int32), non_blocking=True)
         for row in range(len(entries), len(graph.held)):
-            if graph.held[row] != (0, 0, 0):
-                graph.held[row] = (0, 0, 0)
+            if graph.held[row]:
+                graph.held[row] = 0
                 graph.table[row].fill_(-1)
 
     def _capture(self, size: int) -> _Graph:
@@ -116,7 +115,7 @@ class Graphs:
         hidden_in = torch.zeros((size, config.hidden_size), dtype=self._dtype, device=device)
         table = torch.full((size, width), -1, dtype=torch.int32, device=device)
         scratch = Scratch.make(size, config.num_heads, config.num_kv_heads, config.head_dim, hidden_in)
-        graph = _Graph(inputs, hidden_in, table, [(0, 0, 0)] * size, hidden_in, None, scratch)
+        graph = _Graph(inputs, hidden_in, table, [0] * size, hidden_in, None, scratch)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
