@@ -200,5 +200,5 @@ def test_commands_of_plugins_are_added(caplog):
     plugins.register("bad", plugin(cake_register_commands=lambda cli: 1 / 0))
     plugins.register("good", plugin(cake_register_commands=lambda cli: cli.add_command(click.Command("extra"))))
     plugins.add_commands(cli)
-    assert list(cli.commands) == ["extra"]
+    assert "extra" in cli.commands
     assert "ZeroDivisionError" in plugins.reports["bad"].error
