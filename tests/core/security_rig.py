@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Generator
 
@@ -16,6 +17,14 @@ OTHER = ClusterKey(bytes(range(1, 33)))
 BINDING = b"certificate of the listener"
 Attacker = Generator[bytes | None, bytes, None]
 """Yields a frame to send it to the victim, or None to be given the victim's next frame."""
+
+
+def heard(caplog, text: str) -> bool:
+    """Whether a gate logs `text`, soon: its own thread does so after the peer has its answer."""
+    until = time.monotonic() + 20
+    while text not in caplog.text and time.monotonic() < until:
+        time.sleep(0.01)
+    return text in caplog.text
 
 
 class Puppet(Channel):

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from tests.core.security_rig import KEY, OTHER
+from tests.core.security_rig import KEY, OTHER, heard
 
 from cake_core import security
 from cake_core.errors import AuthenticationError, ChannelClosed
@@ -168,6 +168,7 @@ def test_insecure_and_secure_never_meet_and_both_ends_say_what_to_do(inside, out
     gate = security.listen(TcpTransport(), ANYWHERE, inside, b"listener")
     with pytest.raises(ChannelClosed, match=rf"{gate.address}.*--insecure"):
         security.dial(TcpTransport(), gate.address, outside, b"dialler", PATIENCE)
+    assert heard(caplog, "refused")
     gate.close()
     refusals = [r.getMessage() for r in caplog.records if "refused" in r.getMessage()]
     assert len(refusals) == 1
@@ -181,8 +182,8 @@ def test_another_program_is_called_that(caplog):
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
+    assert heard(caplog, "does not speak Cake's protocol")
     gate.close()
-    assert "does not speak Cake's protocol" in caplog.text
 
 
 def test_running_out_of_descriptors_stops_nobody_for_good():
