@@ -63,7 +63,7 @@ def _sd_options(function: Any) -> Any:
 @click.option("--top-k", type=int)
 @click.option("--repeat-penalty", type=float, default=1.1, show_default=True)
 @click.option("--repeat-last-n", type=int, default=128, show_default=True)
-@click.option("--dtype", default="f16", show_default=True, metavar="D", help="f16, bf16 or f32.")
+@click.option("--dtype", metavar="D", help="f16, bf16 or f32.  [default: f16; for images what the device computes well]")
 @click.option("--cpu", is_flag=True, help="Use the CPU even where there is a GPU.")
 @click.option("--device", type=int, default=0, show_default=True, help="Which GPU.")
 @click.option("--cluster-key", metavar="KEY", help="Cluster key or passphrase; see `cake key`.")
@@ -100,7 +100,7 @@ def translate(given: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """
     kind = MODEL_TYPES[given["model_type"]]
     model, environment = _model(given, kind)
-    shared = ["--model-type", kind, *model, *_loading(given), *_image_loading(given, kind)]
+    shared = ["--model-type", kind, *model, *_loading(given, kind), *_image_loading(given, kind)]
     if given["mode"] == "worker":
         if not given["name"]:
             raise CliError(ConfigError("no --name provided for worker; give the name it has in the topology"))
@@ -126,9 +126,11 @@ def _model(given: Mapping[str, Any], kind: str) -> tuple[list[str], dict[str, st
     return ["--model", given["model"]], {}
 
 
-def _loading(given: Mapping[str, Any]) -> list[str]:
+def _loading(given: Mapping[str, Any], kind: str) -> list[str]:
     device = "cpu" if given["cpu"] else "auto" if given["device"] == 0 else f"cuda:{given['device']}"
-    arguments = ["--dtype", given["dtype"], "--device", device]
+    # The original's f16 is what its text models are stored as; convolutions in f16 on a CPU would take minutes.
+    dtype = given["dtype"] or ("f16" if kind == "text" else "auto")
+    arguments = ["--dtype", dtype, "--device", device]
     arguments += _pairs(given, ("topology", "cluster-key"))
     return [*arguments, *(["--insecure"] if given["insecure"] else [])]
 
