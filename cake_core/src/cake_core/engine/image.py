@@ -67,6 +67,11 @@ class ImageEngine:
         return events_of(lambda sink: self.submit(request, sink))
 
     @property
+    def model(self) -> ImageModel:
+        """The model it serves, for a backend's own measurements."""
+        return self._model
+
+    @property
     def waiting(self) -> int:
         return self._jobs.qsize()
 
