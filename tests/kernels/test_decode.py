@@ -40,13 +40,8 @@ class Layer:
             else:
                 values = (rng.standard_normal((rows, cols)) * 0.05).astype(np.float32)
                 self.packed[name], self.w[name] = Weights("F32", values, rows, cols), values.astype(np.float64)
-        for name, width in {
-            "attention_norm": HIDDEN,
-            "mlp_norm": HIDDEN,
-            "q_norm": DIM,
-            "k_norm": DIM,
-            "q_bias": heads,
-        }.items():
+        norms = {"attention_norm": HIDDEN, "mlp_norm": HIDDEN, "q_norm": DIM, "k_norm": DIM}
+        for name, width in (norms | {"q_bias": heads, "up_bias": INNER, "down_bias": HIDDEN}).items():
             self.vectors[name] = rng.uniform(0.5, 1.5, width).astype(np.float32)
 
     def native(self, keys: np.ndarray[Any, Any], values: np.ndarray[Any, Any], scales: np.ndarray[Any, Any]) -> kernels.Layer:
@@ -62,7 +57,8 @@ class Layer:
 
 
 def _norm(x: F64, weight: np.ndarray[Any, Any]) -> F64:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+    y: F64 = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+    return y
 
 
 def _rotate(x: F64, angles: F64) -> F64:
@@ -93,7 +89,8 @@ def _reference(layer: Layer, x: F64, position: int, past: list[tuple[F64, F64]])
     x = x + np.concatenate(out) @ w["o"].T
     normed = _norm(x, v["mlp_norm"])
     gate = normed @ w["gate"].T
-    return x + (gate / (1 + np.exp(-gate)) * (normed @ w["up"].T)) @ w["down"].T
+    y: F64 = x + (gate / (1 + np.exp(-gate)) * (normed @ w["up"].T + v["up_bias"])) @ w["down"].T + v["down_bias"]
+    return y
 
 
 class Model:

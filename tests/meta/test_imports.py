@@ -41,6 +41,8 @@ NETWORK_IN = {"cake_core.hub": {"urllib.request"}}
 
 COMMANDS = ("cake_server", "cake_sd")
 """Plugins that add commands with core's own options (`cake serve`, `cake bench image`)."""
+LIBRARIES = {"cake_llama": {"cake_kernels"}}
+"""Distributions of the project that a plugin may use as any other library: they know nothing of Cake."""
 CORE = [module for module in EVERY_MODULE if module.name.partition(".")[0] == "cake_core"]
 OTHERS = [module for module in EVERY_MODULE if module.name.partition(".")[0] != "cake_core"]
 
@@ -87,7 +89,9 @@ def test_plugins_know_only_public_core_and_themselves(module):
     for imported, _ in module.imports():
         root, *rest = imported.split(".")
         if root.startswith("cake_"):
-            assert root in (own, "cake_core"), f"{module.name} imports {root}: plugins know core and nobody else"
+            assert root in {own, "cake_core"} | LIBRARIES.get(own, set()), (
+                f"{module.name} imports {root}: plugins know core and nobody else"
+            )
         if root == "cake_core":
             assert not any(name.startswith("_") and name != "__version__" for name in rest), f"{imported} is private"
             assert rest[:1] != ["cli"] or own in COMMANDS, f"{module.name} imports the command line"

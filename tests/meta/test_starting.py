@@ -25,7 +25,9 @@ for name in sys.argv[1:]:
     if (child := os.fork()) == 0:
         try:
             __import__(name)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ImportError) and error.name in ("cake_kernels", "triton"):
+                os._exit(0)  # optional, and asked for before such a module is imported
             print(f"importing {name} alone:", file=sys.stderr)
             traceback.print_exc()
             os._exit(1)

@@ -138,18 +138,17 @@ typedef struct {
   activations a;
 } matmul_job;
 
-static void matmul_work(void *argument, cake_pool *pool, int32_t thread) {
+static void matmul_work(void *argument, cake_worker *worker) {
   const matmul_job *job = argument;
   const cake_matrix *w = job->w;
   int32_t task, wants = cake_want(w->type);
-  (void)thread;
   if (wants != WANT_FLOAT) {
-    while ((task = cake_next(pool, job->m)) >= 0)
+    while ((task = cake_next(worker, job->m)) >= 0)
       cake_prepare(job->ops, wants, job->x + task * job->x_stride, task, w->cols, 0, w->cols, &job->a);
-    cake_barrier(pool);
+    cake_barrier(worker);
   }
-  int32_t chunk = cake_chunk(pool, w->rows, job->m);
-  while ((task = cake_next(pool, (w->rows + chunk - 1) / chunk)) >= 0) {
+  int32_t chunk = cake_chunk(worker->pool, w->rows, job->m);
+  while ((task = cake_next(worker, (w->rows + chunk - 1) / chunk)) >= 0) {
     int32_t begin = task * chunk, end = begin + chunk < w->rows ? begin + chunk : w->rows;
     cake_product(job->ops, w, &job->a, job->m, begin, end, job->y, job->y_stride);
     if (job->bias == NULL) continue;

@@ -78,7 +78,8 @@ typedef struct {
 /* One layer. Null: absent. Norm weights and biases are f32. */
 typedef struct {
   cake_matrix q, k, v, o, gate, up, down;
-  const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias;
+  const float *attention_norm, *mlp_norm, *q_norm, *k_norm, *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias,
+      *up_bias, *down_bias;
   void *keys, *values;          /* [blocks, kv_block, kv_heads, head_dim] */
   float *key_scale, *value_scale; /* CAKE_I8: [blocks, kv_block, kv_heads] */
   int32_t window;               /* positions attended to, 0: all */

@@ -19,15 +19,15 @@ static int32_t width_q(const cake_shape *s) { return s->heads * s->head_dim; }
 static int32_t width_kv(const cake_shape *s) { return s->kv_heads * s->head_dim; }
 static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
 
-static void norm_phase(const decode_job *job, cake_pool *pool, const float *weight) {
+static void norm_phase(const decode_job *job, cake_worker *worker, const float *weight) {
   const int32_t width = job->shape->hidden;
   int32_t row;
-  while ((row = cake_next(pool, job->step->rows)) >= 0) {
+  while ((row = cake_next(worker, job->step->rows)) >= 0) {
     float *normed = job->normed + (int64_t)row * width;
     job->ops->rms_norm(job->x + (int64_t)row * width, weight, job->shape->norm_eps, width, normed);
     cake_prepare(job->ops, job->wants_hidden, normed, row, width, 0, width, &job->hidden);
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
 static void add_bias(const float *bias, float *y, int64_t stride, int32_t m, int32_t begin, int32_t end) {
@@ -37,21 +37,21 @@ static void add_bias(const float *bias, float *y, int64_t stride, int32_t m, int
 }
 
 /* q, k and v as one product of that many rows. */
-static void qkv_phase(const decode_job *job, cake_pool *pool, const cake_layer *layer) {
+static void qkv_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
   const cake_matrix *matrices[3] = {&layer->q, &layer->k, &layer->v};
   const float *biases[3] = {layer->q_bias, layer->k_bias, layer->v_bias};
   float *outputs[3] = {job->q, job->k, job->v};
   const int32_t m = job->step->rows;
-  int32_t chunk = cake_chunk(pool, layer->q.rows + layer->k.rows + layer->v.rows, m), tasks[3], task;
+  int32_t chunk = cake_chunk(worker->pool, layer->q.rows + layer->k.rows + layer->v.rows, m), tasks[3], task;
   for (int i = 0; i < 3; i++) tasks[i] = (matrices[i]->rows + chunk - 1) / chunk;
-  while ((task = cake_next(pool, tasks[0] + tasks[1] + tasks[2])) >= 0) {
+  while ((task = cake_next(worker, tasks[0] + tasks[1] + tasks[2])) >= 0) {
     int which = task < tasks[0] ? 0 : task < tasks[0] + tasks[1] ? 1 : 2;
     task -= which == 0 ? 0 : which == 1 ? tasks[0] : tasks[0] + tasks[1];
     int32_t rows = matrices[which]->rows, begin = task * chunk, end = smaller(begin + chunk, rows);
     cake_product(job->ops, matrices[which], &job->hidden, m, begin, end, outputs[which], rows);
     add_bias(biases[which], outputs[which], rows, m, begin, end);
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
 static void rotate(float *head, const float *cosines, const float *sines, int32_t half) {
@@ -72,11 +72,11 @@ static void position_head(const decode_job *job, const float *norm, int32_t row,
 static size_t kv_size(int32_t type) { return type == CAKE_F32 ? 4 : type == CAKE_I8 ? 1 : 2; }
 
 /* Rotates queries and keys, and writes keys and values into the cache. */
-static void cache_phase(const decode_job *job, cake_pool *pool, const cake_layer *layer) {
+static void cache_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
   const cake_shape *s = job->shape;
   const int32_t dim = s->head_dim;
   int32_t task;
-  while ((task = cake_next(pool, job->step->rows * s->kv_heads)) >= 0) {
+  while ((task = cake_next(worker, job->step->rows * s->kv_heads)) >= 0) {
     int32_t row = task / s->kv_heads, head = task % s->kv_heads, position = job->step->positions[row];
     float *q = job->q + (int64_t)row * width_q(s) + head * job->queries * dim;
     float *k = job->k + (int64_t)row * width_kv(s) + head * dim, *v = job->v + (int64_t)row * width_kv(s) + head * dim;
@@ -89,70 +89,72 @@ static void cache_phase(const decode_job *job, cake_pool *pool, const cake_layer
     job->ops->store_kv(k, s->kv_type, dim, (char *)layer->keys + at, scaled ? layer->key_scale + slot : NULL);
     job->ops->store_kv(v, s->kv_type, dim, (char *)layer->values + at, scaled ? layer->value_scale + slot : NULL);
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
 /* A task is a group of heads that share their keys, or a single head where there are too few groups to go round. */
-static void attention_phase(const decode_job *job, cake_pool *pool, const cake_layer *layer, int32_t thread) {
+static void attention_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
   const cake_shape *s = job->shape;
   const int32_t dim = s->head_dim, groups = job->step->rows * s->kv_heads;
-  const int split = groups < 4 * cake_threads(pool) && dim % 32 == 0;
+  const int split = groups < 4 * cake_threads(worker->pool) && dim % 32 == 0;
   const int32_t queries = split ? 1 : job->queries, per_row = s->heads / queries;
   int32_t task;
-  while ((task = cake_next(pool, job->step->rows * per_row)) >= 0) {
+  while ((task = cake_next(worker, job->step->rows * per_row)) >= 0) {
     int32_t row = task / per_row, head = task % per_row * queries, last = job->step->positions[row];
     int64_t at = (int64_t)row * width_q(s) + head * dim;
     attention_task t = {s, layer, job->step->tables + (int64_t)row * job->step->table_stride, head / job->queries, queries, 0, last,
-                        job->q + at, job->scores + (int64_t)thread * job->queries * job->longest, job->attended + at};
+                        job->q + at, job->scores + (int64_t)worker->index * job->queries * job->longest, job->attended + at};
     if (layer->window > 0 && last >= layer->window) t.first = last - layer->window + 1;
     job->ops->attend(&t);
     cake_prepare(job->ops, job->wants_heads, t.out, row, width_q(s), head * dim, queries * dim, &job->heads);
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
 /* x += W * a + bias */
-static void residual_phase(const decode_job *job, cake_pool *pool, const cake_matrix *w, const float *bias, const activations *a) {
-  const int32_t m = job->step->rows, width = job->shape->hidden, chunk = cake_chunk(pool, width, m);
+static void residual_phase(const decode_job *job, cake_worker *worker, const cake_matrix *w, const float *bias, const activations *a) {
+  const int32_t m = job->step->rows, width = job->shape->hidden, chunk = cake_chunk(worker->pool, width, m);
   int32_t task;
-  while ((task = cake_next(pool, (width + chunk - 1) / chunk)) >= 0) {
+  while ((task = cake_next(worker, (width + chunk - 1) / chunk)) >= 0) {
     int32_t begin = task * chunk, end = smaller(begin + chunk, width);
     cake_product(job->ops, w, a, m, begin, end, job->product, width);
     add_bias(bias, job->product, width, m, begin, end);
     for (int32_t i = 0; i < m; i++)
       for (int64_t at = (int64_t)i * width + begin; at < (int64_t)i * width + end; at++) job->x[at] += job->product[at];
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
-static void gate_phase(const decode_job *job, cake_pool *pool, const cake_layer *layer) {
-  const int32_t m = job->step->rows, width = job->shape->inner, chunk = cake_chunk(pool, width, m);
+static void gate_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
+  const int32_t m = job->step->rows, width = job->shape->inner, chunk = cake_chunk(worker->pool, width, m);
   int32_t task;
-  while ((task = cake_next(pool, (width + chunk - 1) / chunk)) >= 0) {
+  while ((task = cake_next(worker, (width + chunk - 1) / chunk)) >= 0) {
     int32_t begin = task * chunk, end = smaller(begin + chunk, width);
     cake_product(job->ops, &layer->gate, &job->hidden, m, begin, end, job->gate, width);
     cake_product(job->ops, &layer->up, &job->hidden, m, begin, end, job->up, width);
+    add_bias(layer->gate_bias, job->gate, width, m, begin, end);
+    add_bias(layer->up_bias, job->up, width, m, begin, end);
     for (int32_t i = 0; i < m; i++) {
       float *gate = job->gate + (int64_t)i * width + begin;
       job->ops->gate(gate, job->up + (int64_t)i * width + begin, job->shape->activation, end - begin, gate);
       cake_prepare(job->ops, job->wants_inner, gate, i, width, begin, end - begin, &job->inner);
     }
   }
-  cake_barrier(pool);
+  cake_barrier(worker);
 }
 
-static void decode_work(void *argument, cake_pool *pool, int32_t thread) {
+static void decode_work(void *argument, cake_worker *worker) {
   const decode_job *job = argument;
   for (int32_t i = 0; i < job->count; i++) {
     const cake_layer *layer = &job->layers[i];
-    norm_phase(job, pool, layer->attention_norm);
-    qkv_phase(job, pool, layer);
-    cache_phase(job, pool, layer);
-    attention_phase(job, pool, layer, thread);
-    residual_phase(job, pool, &layer->o, layer->o_bias, &job->heads);
-    norm_phase(job, pool, layer->mlp_norm);
-    gate_phase(job, pool, layer);
-    residual_phase(job, pool, &layer->down, NULL, &job->inner);
+    norm_phase(job, worker, layer->attention_norm);
+    qkv_phase(job, worker, layer);
+    cache_phase(job, worker, layer);
+    attention_phase(job, worker, layer);
+    residual_phase(job, worker, &layer->o, layer->o_bias, &job->heads);
+    norm_phase(job, worker, layer->mlp_norm);
+    gate_phase(job, worker, layer);
+    residual_phase(job, worker, &layer->down, layer->down_bias, &job->inner);
   }
 }
 

@@ -64,13 +64,22 @@ extern const cake_ops cake_ops_neon;
 
 const cake_ops *cake_current_ops(void);
 
-/* Threads. `work` runs once on every thread of the pool, as a row of phases with a barrier between each two. */
-typedef void (*cake_work)(void *argument, cake_pool *pool, int32_t thread);
+/* Threads. `work` is a row of phases, each of them some tasks and a barrier. Every thread of the pool may run it, but only the
+   caller must: a phase is over when its tasks are done, so a thread that the system has taken off its processor holds nobody up
+   unless it is in the middle of a task. */
+typedef struct {
+  cake_pool *pool;
+  int32_t index;  /* 0: the caller */
+  uint32_t phase; /* it is in */
+  int32_t holds;  /* a task */
+} cake_worker;
+
+typedef void (*cake_work)(void *argument, cake_worker *worker);
 void cake_run(cake_pool *pool, cake_work work, void *argument);
-/* The next of the `tasks` tasks of this phase, or -1 when all are taken. */
-int32_t cake_next(cake_pool *pool, int32_t tasks);
-/* Waits for all threads; the tasks of the next phase then start at 0. */
-void cake_barrier(cake_pool *pool);
+/* The next of the `tasks` (at least one) tasks of this phase, or -1 when all are taken. Asking ends the task before. */
+int32_t cake_next(cake_worker *worker, int32_t tasks);
+/* Waits until all tasks of the phase are done. Only after `cake_next` has returned -1. */
+void cake_barrier(cake_worker *worker);
 int32_t cake_threads(const cake_pool *pool);
 /* Memory of the pool's that grows, 64-byte aligned; what was in it is lost. NULL when there is none. */
 char *cake_scratch(cake_pool *pool, int64_t bytes);

@@ -146,13 +146,12 @@ static void pack_group_row(const pack_job *job, int32_t source, int lane, uint8_
   }
 }
 
-static void pack_work(void *argument, cake_pool *pool, int32_t thread) {
+static void pack_work(void *argument, cake_worker *worker) {
   const pack_job *job = argument;
   const int32_t rows = job->w.rows, groups = (rows + GROUP_ROWS - 1) / GROUP_ROWS;
   const int64_t bytes = group_bytes(job->l, job->w.cols);
   int32_t g;
-  (void)thread;
-  while ((g = cake_next(pool, groups)) >= 0) {
+  while ((g = cake_next(worker, groups)) >= 0) {
     uint8_t *group = job->out + g * bytes;
     memset(group, 0, (size_t)bytes);
     for (int lane = 0; lane < GROUP_ROWS && g * GROUP_ROWS + lane < rows; lane++) {

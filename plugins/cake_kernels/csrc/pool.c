@@ -1,7 +1,7 @@
 /* Threads that help the caller through the phases of one call and sleep between calls.
 
-   A thread that waits spins for some tens of microseconds, since the phases of a decode step are that short, and then sleeps:
-   an idle pool costs nothing, and one whose processors are taken by another worker gives way. */
+   A thread that waits spins for some tens of microseconds, since the phases of a decode step are that short, and then sleeps.
+   An idle pool costs nothing, and where processors are taken by others the caller goes on alone. */
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -45,17 +45,20 @@ typedef pthread_t thread_t;
 #define LINE 64
 
 typedef struct {
-  cake_pool *pool;
-  int32_t index;
+  cake_worker worker;
   thread_t thread;
 } helper;
 
 struct cake_pool {
   atomic_uint job; /* counts calls; helpers wait for it to change */
   char pad0[LINE];
-  atomic_uint arrived, generation; /* of the barrier */
+  atomic_ullong ticket; /* phase << 32 | its next task */
+  atomic_int done;      /* tasks of the phase */
   char pad1[LINE];
-  atomic_int next; /* task of the phase */
+  atomic_uint phase;  /* for those who wait for its end */
+  atomic_uint open;   /* the job that may be joined, 0: none */
+  atomic_uint inside; /* helpers that have joined */
+  atomic_uint left;   /* counts helpers that have left */
   char pad2[LINE];
   atomic_uint sleepers;
   lock_t lock;
@@ -89,13 +92,22 @@ static void change(cake_pool *pool, atomic_uint *word) {
   lock_give(&pool->lock);
 }
 
+/* A helper joins first and then looks whether the job is still open; the caller closes it first and then looks who is inside. */
 static void help(helper *self) {
-  cake_pool *pool = self->pool;
-  for (unsigned job = 0;; job++) {
+  cake_pool *pool = self->worker.pool;
+  for (unsigned job = 0;;) {
     await_change(pool, &pool->job, job);
-    if (pool->work == NULL) return;
-    pool->work(pool->argument, pool, self->index);
-    cake_barrier(pool);
+    job = atomic_load(&pool->job);
+    atomic_fetch_add(&pool->inside, 1);
+    int joined = atomic_load(&pool->open) == job;
+    int ends = joined && pool->work == NULL;
+    if (joined && !ends) {
+      self->worker.phase = 0;
+      pool->work(pool->argument, &self->worker);
+    }
+    atomic_fetch_sub(&pool->inside, 1);
+    change(pool, &pool->left);
+    if (ends) return;
   }
 }
 
@@ -130,8 +142,8 @@ cake_pool *cake_pool_new(int32_t threads) {
   if (threads > 1) pool->helpers = calloc((size_t)threads, sizeof(helper));
   for (int32_t i = 1; i < threads && pool->helpers != NULL; i++) {
     helper *h = &pool->helpers[i];
-    h->pool = pool;
-    h->index = i;
+    h->worker.pool = pool;
+    h->worker.index = i;
     if (!start(h)) break; /* fewer threads are slower, not wrong */
     pool->threads = i + 1;
   }
@@ -146,10 +158,24 @@ static void release(char *memory) {
 #endif
 }
 
+static void announce(cake_pool *pool, cake_work work, void *argument) {
+  pool->work = work;
+  pool->argument = argument;
+  atomic_store(&pool->done, 0);
+  atomic_store(&pool->ticket, 0);
+  atomic_store(&pool->phase, 0);
+  unsigned job = atomic_load(&pool->job) + 1;
+  if (job == 0) { /* 0 stands for none: go round it */
+    atomic_store(&pool->job, 0);
+    job = 1;
+  }
+  atomic_store(&pool->open, job);
+  change(pool, &pool->job);
+}
+
 void cake_pool_free(cake_pool *pool) {
   if (pool == NULL) return;
-  pool->work = NULL;
-  change(pool, &pool->job);
+  announce(pool, NULL, NULL);
   for (int32_t i = 1; i < pool->threads; i++) join(&pool->helpers[i]);
   free(pool->helpers);
   release(pool->scratch);
@@ -159,32 +185,43 @@ void cake_pool_free(cake_pool *pool) {
 int32_t cake_threads(const cake_pool *pool) { return pool->threads; }
 
 void cake_run(cake_pool *pool, cake_work work, void *argument) {
-  atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-  if (pool->threads == 1) {
-    work(argument, pool, 0);
-    return;
+  cake_worker caller = {pool, 0, 0, 0};
+  announce(pool, work, argument);
+  work(argument, &caller);
+  atomic_store(&pool->open, 0);
+  for (;;) {
+    unsigned left = atomic_load(&pool->left);
+    if (atomic_load(&pool->inside) == 0) return;
+    await_change(pool, &pool->left, left);
   }
-  pool->work = work;
-  pool->argument = argument;
-  change(pool, &pool->job);
-  work(argument, pool, 0);
-  cake_barrier(pool);
 }
 
-int32_t cake_next(cake_pool *pool, int32_t tasks) {
-  int32_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-  return task < tasks ? task : -1;
+/* The phase cannot end while a task is held, so nobody else touches `done` between its last task and the next phase. */
+static void finish(cake_worker *worker, int32_t tasks) {
+  cake_pool *pool = worker->pool;
+  worker->holds = 0;
+  if (atomic_fetch_add(&pool->done, 1) + 1 < tasks) return;
+  atomic_store(&pool->done, 0);
+  atomic_store(&pool->ticket, (unsigned long long)(worker->phase + 1) << 32);
+  change(pool, &pool->phase);
 }
 
-void cake_barrier(cake_pool *pool) {
-  unsigned generation = atomic_load_explicit(&pool->generation, memory_order_acquire);
-  if (atomic_fetch_add(&pool->arrived, 1) + 1 < (unsigned)pool->threads) {
-    await_change(pool, &pool->generation, generation);
-    return;
-  }
-  atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
-  atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-  if (pool->threads > 1) change(pool, &pool->generation);
+int32_t cake_next(cake_worker *worker, int32_t tasks) {
+  cake_pool *pool = worker->pool;
+  if (worker->holds) finish(worker, tasks);
+  unsigned long long ticket = atomic_load(&pool->ticket);
+  do {
+    if (ticket >> 32 != worker->phase || (int32_t)(uint32_t)ticket >= tasks) return -1;
+  } while (!atomic_compare_exchange_weak(&pool->ticket, &ticket, ticket + 1));
+  worker->holds = 1;
+  return (int32_t)(uint32_t)ticket;
+}
+
+void cake_barrier(cake_worker *worker) {
+  cake_pool *pool = worker->pool;
+  unsigned phase;
+  while ((phase = atomic_load(&pool->phase)) <= worker->phase) await_change(pool, &pool->phase, phase);
+  worker->phase++;
 }
 
 char *cake_scratch(cake_pool *pool, int64_t bytes) {

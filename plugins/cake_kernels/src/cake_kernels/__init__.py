@@ -91,7 +91,8 @@ class Pool:
     """Threads that work on one call at a time and sleep between calls; the caller is one of them."""
 
     def __init__(self, threads: int) -> None:
-        self._pool: int | None = _library.cake_pool_new(threads)
+        self._pool: int | None = None
+        self._pool = _library.cake_pool_new(threads)
         if self._pool is None:
             raise KernelError("no memory for a pool of threads")
         self.threads = threads
@@ -106,9 +107,9 @@ class Pool:
         if _library.cake_pack_groups(self._pool, byref(matrix), codes, scales, zeros, matrix.data):
             raise KernelError("these groups cannot be packed")
 
-    def matmul(self, matrix: Matrix, bias: int | None, x: int, y: int, m: int) -> None:
-        """y[m, rows] = x[m, cols] * W^T + bias, all f32 and dense."""
-        if _library.cake_matmul(self._pool, byref(matrix), bias, x, matrix.cols, y, matrix.rows, m):
+    def matmul(self, matrix: Matrix, bias: int | None, x: int, y: int, m: int, y_stride: int = 0) -> None:
+        """y[m, rows] = x[m, cols] * W^T + bias, all f32; rows of y lie `y_stride` values apart, 0: next to one another."""
+        if _library.cake_matmul(self._pool, byref(matrix), bias, x, matrix.cols, y, y_stride or matrix.rows, m):
             raise KernelError("no memory for the activations of a product")
 
     def decode(self, shape: Shape, layers: Array[Layer], step: Step, x: int) -> None:
@@ -121,6 +122,9 @@ class Pool:
         if self._pool is not None:
             _library.cake_pool_free(self._pool)
             self._pool = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Pool:
         return self

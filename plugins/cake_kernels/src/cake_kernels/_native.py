@@ -37,7 +37,8 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, c_void_p) for name in (
-            "attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias",
+            "attention_norm", "mlp_norm", "q_norm", "k_norm", "q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias",
+            "down_bias",
             "keys", "values", "key_scale", "value_scale",
         )),
         ("window", c_int32),
@@ -60,17 +61,19 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
     Raises ImportError when it is missing or of another version: whoever imports cake_kernels falls back on PyTorch.
     """
     if not path.is_file():
-        raise ImportError(
-            f"cake-kernels was installed without its library {path.name}; reinstall it, or build it: hatch_build.py"
-        )
+        raise _unusable(f"cake-kernels was installed without its library {path.name}; reinstall it, or run its hatch_build.py")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"cannot load {path}: {error}; reinstall cake-kernels for this machine") from error
+        raise _unusable(f"cannot load {path}: {error}; reinstall cake-kernels for this machine") from error
     if library.cake_abi() != ABI:
-        raise ImportError(f"{path} is of another version than cake-kernels' Python part; build or install it again")
+        raise _unusable(f"{path} is of another version than cake-kernels' Python part; build or install it again")
     _declare(library)
     return library
+
+
+def _unusable(message: str) -> ImportError:
+    return ImportError(message, name="cake_kernels")
 
 
 def _declare(library: ctypes.CDLL) -> None:

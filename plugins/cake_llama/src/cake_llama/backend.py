@@ -36,6 +36,7 @@ class LlamaBackend:
         if options.kv_dtype not in ("auto", "f32", "f16", "bf16"):
             raise ConfigError(f"--kv-dtype {options.kv_dtype} is not served by {self.name}; use auto, f32, f16 or bf16")
         item, kv_item = DTYPE_SIZES[dtype], DTYPE_SIZES[dtype if options.kv_dtype == "auto" else options.kv_dtype]
+        kept = options.dtype == "auto" and checkpoint.format == "gguf"
         context = options.context or config.context_length
         if context > config.context_length:
             raise ConfigError(f"--context {context} is more than the {config.context_length} that {checkpoint.name} can do")
@@ -45,7 +46,8 @@ class LlamaBackend:
             name=checkpoint.name,
             architecture=config.architecture,
             layers=tuple(
-                _layer(config, name, found, item, kv_item) for name, found in layer_tensors(checkpoint, config).items()
+                _layer(config, name, found, None if kept else item, kv_item)
+                for name, found in layer_tensors(checkpoint, config).items()
             ),
             dtype=dtype,
             hidden_bytes_per_token=config.hidden_size * item,
@@ -81,16 +83,19 @@ class LlamaBackend:
         return probe(options)
 
 
-def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], item: int, kv_item: int) -> Layer:
+def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], item: int | None, kv_item: int) -> Layer:
+    """`item`: bytes a weight takes in memory; None: what it takes in the file."""
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    file_nbytes = sum(tensor.nbytes for tensor in tensors)
+    nbytes = file_nbytes if item is None else parameters * item
     block = name.startswith("model.layers.")
     return Layer(
         name=name,
-        nbytes=parameters * item,
+        nbytes=nbytes,
         tensors=tuple(tensor.name for tensor in tensors),
-        file_nbytes=sum(tensor.nbytes for tensor in tensors),
+        file_nbytes=file_nbytes,
         kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * kv_item if block else 0,
-        weights_read_per_token=0 if name == EMBED else parameters * item,
+        weights_read_per_token=0 if name == EMBED else nbytes,
         flops_per_token=0 if name == EMBED else 2 * parameters,
     )
 

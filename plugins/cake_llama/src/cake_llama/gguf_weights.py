@@ -12,11 +12,13 @@ import torch
 
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.gguf_header import TYPES
+from cake_llama.cpu.blocks import Blocks
 from cake_llama.dequant import SERVED, dequantize
 from cake_llama.gguf_names import hf_name
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint, TensorInfo
+    from cake_llama.cpu.blocks import Rows
 
 CHUNK_VALUES = 1 << 22
 """Values dequantised at a time: what a load needs beside the weights themselves stays below 64 MB."""
@@ -58,11 +60,31 @@ class GgufWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
 
-    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One weight on the CPU. Raises CheckpointError when it is missing or the file cannot be read."""
+    def _find(self, name: str) -> TensorInfo:
         tensor = self.tensors.get(name)
         if tensor is None:
             raise CheckpointError(f"{self._checkpoint.path} has no {name}; download it again")
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name).shape
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+        """Rows of a matrix as blocks, in the order of the Hugging Face weights."""
+        tensor = self._find(name)
+        count, cols = tensor.shape
+        stop = count if stop is None else stop
+        width = tensor.nbytes // count
+        heads = self._interleaved_heads(name)
+        if heads is None:
+            data = torch.from_numpy(_read(tensor.file, tensor.offset + start * width, (stop - start) * width))
+            return Blocks(tensor.dtype, (stop - start, cols), data.view(-1, width))
+        whole = torch.from_numpy(_read(tensor.file, tensor.offset, tensor.nbytes)).view(count, width)
+        return Blocks(tensor.dtype, (stop - start, cols), _separate_halves(whole, heads)[start:stop].contiguous())
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One weight on the CPU. Raises CheckpointError when it is missing or the file cannot be read."""
+        tensor = self._find(name)
         result = torch.empty(tensor.shape, dtype=dtype)
         flat = result.view(-1)
         values, nbytes = _VALUES_A_BLOCK[tensor.dtype]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -13,6 +14,7 @@ from cake_core.errors import CapacityError, CheckpointError, ConfigError
 from cake_core.model import LoadOptions, ModelInfo, Progress
 from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
+from cake_llama.cpu.loader import cpu_loader
 from cake_llama.memory import available_bytes
 from cake_llama.model import Dtypes, Loader, Parts
 from cake_llama.names import EMBED, HEAD, NORM
@@ -35,8 +37,6 @@ def load_stage(
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
-    total = _check_fit(info, layers, device)
     done = 0
 
     def moved(nbytes: int) -> None:
@@ -45,13 +45,21 @@ def load_stage(
         if progress is not None:
             progress(min(done, total), total)
 
-    loader = Loader(config, weight_source(checkpoint, device), device, dtypes, moved)
+    source = weight_source(checkpoint, device)
+    kept = None if options.dtype == "auto" else TORCH_DTYPES[options.dtype]
+    own = cpu_loader(config, source, kept, options.threads or torch.get_num_threads(), moved) if device.type == "cpu" else None
+    dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
+    if own is not None:
+        dtypes = Dtypes(dtypes.stored, torch.float32)
+    total = _check_fit(_sizes(checkpoint, info, layers, None if own else dtypes.stored), device)
     with torch.inference_mode():
-        parts = _parts(loader, layers, dtypes.computed)
+        parts = _parts(own or Loader(config, source, device, dtypes, moved), layers, dtypes.computed)
     kv_dtype = dtypes.stored if options.kv_dtype == "auto" else TORCH_DTYPES[options.kv_dtype]
     cache = KvCache(
         len(parts.blocks), (config.num_kv_heads, config.head_dim), _blocks(info, layers, options, device), device, kv_dtype
     )
+    if own is not None:
+        parts = own.finish(parts, cache)
     spec = StageSpec(config, tuple(layers), dtypes, info.context_length, done)
     rotary = Rotary(config.rope, device)
     if device.type == "cuda" and kv_dtype is dtypes.computed and dtypes.stored is dtypes.computed and _has_triton():
@@ -140,16 +148,24 @@ def _cpu_has(dtype: str) -> bool:
     return any(found.get(name) for name in (f"avx512_{dtype}", f"amx_{dtype}", f"arm_{dtype}", dtype))
 
 
-def _check_fit(info: ModelInfo, layers: Sequence[str], device: torch.device) -> int:
-    """Bytes of the layers. Raises CapacityError with how many of them would fit."""
+def _sizes(checkpoint: Checkpoint, info: ModelInfo, layers: Sequence[str], stored: torch.dtype | None) -> list[int]:
+    """Bytes of each layer, all weights in one dtype or (None) as they were described."""
     sizes = [info.layer(name).nbytes for name in layers]
+    if stored is not None:
+        tensors = [[checkpoint.headers[name] for name in info.layer(layer).tensors] for layer in layers]
+        sizes = [sum(math.prod(tensor.shape) for tensor in layer) * stored.itemsize for layer in tensors]
     if EMBED in layers and HEAD in layers and info.layer(EMBED).tensors == info.layer(HEAD).tensors:
         sizes[-1] = 0  # tied: one tensor serves both
+    return sizes
+
+
+def _check_fit(sizes: Sequence[int], device: torch.device) -> int:
+    """Bytes of the layers. Raises CapacityError with how many of them would fit."""
     available = available_bytes(device)
     if sum(sizes) > available:
         fitting = sum(used <= available for used in accumulate(sizes))
         raise CapacityError(
-            f"{len(layers)} layers need {sum(sizes) / 1e9:.2f} GB, {device} has {available / 1e9:.2f} GB left; "
+            f"{len(sizes)} layers need {sum(sizes) / 1e9:.2f} GB, {device} has {available / 1e9:.2f} GB left; "
             f"{fitting} of them would fit: give this node fewer layers, or use a smaller --dtype"
         )
     return sum(sizes)

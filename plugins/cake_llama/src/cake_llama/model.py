@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from cake_llama.attention import StepPlan, attend
 from cake_llama.cache import KvCache
@@ -21,6 +22,13 @@ from cake_llama.weights import WeightSource
 
 Project = Callable[[Tensor], Tensor]
 """[T, in] -> [T, out]. Quantised weights give their own."""
+
+
+class Embedding(Protocol):
+    """A table [vocabulary, hidden_size]: a tensor, or what quantised weights give."""
+
+    def __getitem__(self, tokens: Tensor, /) -> Tensor:
+        """i64 [T] -> [T, hidden_size]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ class Block:
 class Parts:
     """The layers of one stage; None where it does not hold one."""
 
-    embedding: Tensor | None
+    embedding: Embedding | None
     blocks: Sequence[Block]
     norm: Norm | None
     head: Project | None
@@ -103,11 +111,15 @@ class Parts:
     def hidden(self, tokens: Tensor | None, hidden: Tensor | None, plan: StepPlan, cache: KvCache) -> Tensor:
         """[T] ids or [T, hidden_size] through this stage's layers, the head left out."""
         if self.embedding is not None and tokens is not None:
-            hidden = embedding(tokens, self.embedding).to(self.dtype)
+            hidden = self.embedding[tokens].to(self.dtype)
         assert hidden is not None  # noqa: S101 - the stage has checked its inputs
+        hidden = self.through_blocks(hidden, plan, cache)
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def through_blocks(self, hidden: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
         for block in self.blocks:
             hidden = block(hidden, plan, cache)
-        return hidden if self.norm is None else self.norm(hidden)
+        return hidden
 
 
 class Loader:
@@ -132,13 +144,13 @@ class Loader:
         self._moved(loaded.numel() * self._dtypes.stored.itemsize)
         return loaded
 
-    def embedding(self) -> Tensor:
+    def embedding(self) -> Embedding:
         return self.tensor(f"{EMBED}.weight", self._dtypes.stored)
 
-    def head(self, shared: Tensor | None) -> Project:
+    def head(self, shared: Embedding | None) -> Project:
         """`lm_head`, which is the embedding where the two are tied; `shared` if this stage holds it already."""
         if self._config.tied:
-            return Linear(self.embedding() if shared is None else shared)
+            return Linear(shared if isinstance(shared, Tensor) else self.tensor(f"{EMBED}.weight", self._dtypes.stored))
         return self.linear([HEAD])
 
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:

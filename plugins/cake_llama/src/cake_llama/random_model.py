@@ -17,6 +17,8 @@ from cake_core.requests import Message, SamplingDefaults
 if TYPE_CHECKING:
     import torch
 
+    from cake_llama.cpu.blocks import Rows
+
 PREFIX = "random:"
 
 
@@ -115,6 +117,16 @@ class RandomWeights:
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+        import torch
+
+        from cake_llama.cpu.blocks import stored
+
+        return stored(self.load(name, torch.bfloat16)[start:stop])
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         import zlib

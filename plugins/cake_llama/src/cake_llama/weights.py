@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
+from cake_llama.cpu.blocks import PLAIN, Rows, stored
 from cake_llama.random_model import RandomCheckpoint, RandomWeights
 from cake_llama.wire import bytes_of
 
@@ -30,6 +32,11 @@ class WeightSource(Protocol):
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One tensor, on the CPU unless it is made elsewhere. Raises CheckpointError when it is missing or cannot be read."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+        """Rows start .. stop - 1 of a matrix at the width of the file, on the CPU."""
 
 
 def weight_source(checkpoint: Checkpoint, device: torch.device = CPU) -> WeightSource:
@@ -53,23 +60,38 @@ class SafetensorsWeights:
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
 
-    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name)[0].shape
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+        info, kept = self._find(name)
+        first, *rest = info.shape
+        count = (first if stop is None else stop) - start
+        result = torch.empty((count, *rest), dtype=kept)
+        _read(info, start * math.prod(rest) * kept.itemsize, result)
+        return stored(result if kept in PLAIN else result.to(torch.float32))
+
+    def _find(self, name: str) -> tuple[TensorInfo, torch.dtype]:
         info = self._tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self._path} has no tensor {name}; download it again")
-        stored = _FILE_DTYPES.get(info.dtype)
-        if stored is None:
+        kept = _FILE_DTYPES.get(info.dtype)
+        if kept is None:
             raise UnsupportedModel(f"{self._path}: tensor {name} is of type {info.dtype}; served are {', '.join(_FILE_DTYPES)}")
+        return info, kept
+
+    def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        info, kept = self._find(name)
         result = torch.empty(info.shape, dtype=dtype)
         flat = result.view(-1)
-        step = flat.numel() if stored is dtype else _PIECE // stored.itemsize
+        step = flat.numel() if kept is dtype else _PIECE // kept.itemsize
         for start in range(0, flat.numel(), max(1, step)):
             piece = flat[start : start + step]
-            if stored is dtype:
-                _read(info, start * stored.itemsize, piece)
+            if kept is dtype:
+                _read(info, start * kept.itemsize, piece)
             else:
-                raw = torch.empty(piece.numel(), dtype=stored)
-                _read(info, start * stored.itemsize, raw)
+                raw = torch.empty(piece.numel(), dtype=kept)
+                _read(info, start * kept.itemsize, raw)
                 piece.copy_(raw)
         return result
 
