@@ -58,8 +58,9 @@ class TcpListener(PollingListener):
     def close(self) -> None:
         with self._state:
             if not self._closed:
-                self._closed = True
+                # In this order: whoever sees it closed may free the sockets. The byte is never read, so it wakes until then.
                 self._waker.send(b"\0")
+                self._closed = True
         self._free()
 
     @contextlib.contextmanager
