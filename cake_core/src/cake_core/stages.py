@@ -6,13 +6,14 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from cake_core.codec import spec_to_fields
 from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, StageError
 from cake_core.link import Link
 from cake_core.model import Batch, Buffer, Component, Memory, Pending, SessionSpec, Tensor, TextStage
-from cake_core.protocol import Type, tensor_fields
+from cake_core.protocol import Message, Type, tensor_fields
 
 
 class Stage(Protocol):
@@ -96,6 +97,14 @@ CONTROL_TIMEOUT = 30.0
 """Seconds for an answer to OPEN with a parent, TRUNCATE and the like, which wait behind at most a few batches."""
 
 
+def _answer(future: Future[tuple[Message, memoryview]], node: str) -> Message:
+    """The answer to a control request. Raises NodeLost when none comes in time."""
+    try:
+        return future.result(CONTROL_TIMEOUT)[0]
+    except TimeoutError:
+        raise NodeLost(f"{node} has not answered for {CONTROL_TIMEOUT:g} s; it is stuck", node) from None
+
+
 class RemoteStage:
     """Contiguous layers on a worker. Opening an empty session and closing one cost no round trip: an error of theirs comes
     with the next batch, which the worker serves after them."""
@@ -113,7 +122,7 @@ class RemoteStage:
         if parent is None:
             link.tell(Type.OPEN, fields, self._index)
             return 0
-        message, _ = link.ask(Type.OPEN, fields, self._index).result(CONTROL_TIMEOUT)
+        message = _answer(link.ask(Type.OPEN, fields, self._index), self.node)
         return int(message.fields["length"])
 
     def submit(self, batch: Batch) -> Pending:
@@ -124,7 +133,7 @@ class RemoteStage:
 
     def truncate(self, session: int, length: int) -> int:
         fields = {"session": session, "length": length}
-        message, _ = self._peer.link().ask(Type.TRUNCATE, fields, self._index).result(CONTROL_TIMEOUT)
+        message = _answer(self._peer.link().ask(Type.TRUNCATE, fields, self._index), self.node)
         return int(message.fields["length"])
 
     def close(self, session: int) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 TEXT = "Text"
 
+FALLBACK = {"temperature": 0.7, "top_p": 0.9, "min_p": 0.05}
+"""For models that come without a generation_config, as most GGUF files do: drawing from everything makes small ones ramble."""
+
 _OPTIONS = (
     option(TEXT, "--max-tokens", type=int, metavar="N", help="Most tokens to generate.  [default: what the context allows]"),
     option(TEXT, "--temperature", type=float, metavar="X", help="0 takes the most likely token.  [default: the model's own]"),
@@ -87,6 +90,8 @@ class TextFlags:
             min_p=self.min_p,
             repeat_penalty=self.repeat_penalty,
         )
+        if not defaults.fill():
+            chosen = {**FALLBACK, **chosen}
         if self.repeat_last_n is not None:
             chosen["repeat_last_n"] = self.repeat_last_n
         return SamplingParams(seed=seed, **chosen)
