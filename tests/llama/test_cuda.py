@@ -23,15 +23,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 64},
     "partial rotary": {"partial_rotary_factor": 0.5},
-    "longrope": {
-        "max_position_embeddings": 512,
-        "rope_scaling": {
-            "rope_type": "longrope",
-            "original_max_position_embeddings": 32,
-            "short_factor": [1.0] * 16,
-            "long_factor": [2.0 + i / 4 for i in range(16)],
-        },
-    },
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from cake_core import model as core
 from cake_core.model import Row
+from cake_llama.grammar import Grammar
 from cake_llama.model import Project
 from cake_llama.sampling import draw, top_of
 from cake_llama.wire import to_wire
@@ -29,6 +30,7 @@ class Asked:
     history: Sequence[int]
     spec: core.SessionSpec
     targets: Sequence[int]
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)
@@ -62,7 +64,8 @@ class Answers:
     def _sample(self, logits: Tensor, asked: Asked, at: int) -> int:
         known = asked.history[: len(asked.history) - (asked.start + asked.row.length - 1 - at)]
         spec = asked.spec
-        token = draw(logits, spec.sampling, known, spec.prompt_length, spec.choice)
+        allowed = logits if asked.grammar is None else asked.grammar.allow(logits, known[spec.prompt_length :])
+        token = draw(allowed, spec.sampling, known, spec.prompt_length, spec.choice)
         self.tokens.append(token)
         if asked.row.want.top >= 0:
             logprobs = logits.log_softmax(-1)

@@ -15,6 +15,7 @@ from cake_core.model import LoadOptions, ModelInfo, Progress
 from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
 from cake_llama.cpu.loader import cpu_loader
+from cake_llama.grammar import Grammars
 from cake_llama.memory import available_bytes
 from cake_llama.model import Dtypes, Loader, Parts
 from cake_llama.names import EMBED, HEAD, NORM
@@ -60,7 +61,7 @@ def load_stage(
     )
     if own is not None:
         parts = own.finish(parts, cache)
-    spec = StageSpec(config, tuple(layers), dtypes, info.context_length, done)
+    spec = StageSpec(config, tuple(layers), dtypes, info.context_length, done, Grammars(checkpoint, config.vocab_size))
     rotary = Rotary(config.rope, device)
     if device.type == "cuda" and kv_dtype is dtypes.computed and dtypes.stored is dtypes.computed and _has_triton():
         from cake_llama.cuda.graphs import capturable

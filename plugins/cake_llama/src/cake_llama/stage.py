@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cake_core.errors import CakeError, CapacityError, RequestError, StageError
+from cake_core.errors import CakeError, CapacityError, StageError
 from cake_core.model import SAMPLED, Batch, Memory, Pending, Row, SessionSpec, int32_values
 from cake_llama.answers import Answers, Asked
 from cake_llama.attention import RowPlan, StepPlan
 from cake_llama.cache import BLOCK, KvCache, Table
 from cake_llama.config import ModelConfig
+from cake_llama.grammar import Grammar, Grammars
 from cake_llama.model import Dtypes, Parts
 from cake_llama.rotary import Rotary, for_rotation
 from cake_llama.wire import FROM_TORCH, TO_TORCH, from_wire, to_wire
@@ -28,6 +29,7 @@ class Session:
     """Ids at the positions in the cache, where this stage reads tokens."""
     sampled: int | None = None
     """What was drawn for the place right after them."""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +45,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StageSpec:
-    """What a stage is: `weights` are its bytes, `context` the most positions a session may have."""
+    """What a stage is: `weights` are its bytes, `context` the most positions a session may have, `grammars` compiles those
+    of its sessions where it holds `lm_head`."""
 
     config: ModelConfig
     layers: tuple[str, ...]
     dtypes: Dtypes
     context: int
     weights: int
+    grammars: Grammars
 
 
 class LlamaStage:
@@ -72,11 +76,11 @@ class LlamaStage:
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         if session in self._sessions:
             raise StageError(f"session {session} is open already; close it first")
-        if spec.grammar is not None and self._parts.head is not None:
-            raise RequestError("grammars are not supported by this backend yet; leave response_format out", "grammar")
         if spec.wire_dtype and spec.wire_dtype not in TO_TORCH:
             raise StageError(f"hidden states cannot be sent as {spec.wire_dtype!r}")
         opened = Session(spec)
+        if spec.grammar is not None and self._parts.head is not None:
+            opened.grammar = self._spec.grammars.compile(spec.grammar)
         if parent is not None:
             origin = self._find(parent)
             kept = self._shareable(origin, spec, min(length, origin.table.length))
@@ -219,7 +223,7 @@ class LlamaStage:
             named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
             return Batch(batch.rows, {"hidden": to_wire(out.to(TO_TORCH.get(named, self._spec.dtypes.stored)))})
         answers = Answers(self._parts.head)
-        asked = [Asked(s.row, s.start, s.session.tokens, s.session.spec, s.targets) for s in steps]
+        asked = [Asked(s.row, s.start, s.session.tokens, s.session.spec, s.targets, s.session.grammar) for s in steps]
         for step, drawn in zip(steps, answers.collect(out, asked), strict=True):
             step.session.sampled = drawn[-1] if drawn else None
         return Batch(batch.rows, answers.tensors())

@@ -74,6 +74,10 @@ class ModelTokenizer:
         self._template = ChatTemplate(parts.templates, _special_texts(parts.info))
         self._lock = threading.Lock()
 
+    def serialized(self) -> str:
+        """The tokenizer as the tokenizers library writes it (tokenizer.json), for other libraries."""
+        return self._engine.to_str()
+
     @cached_property
     def _literal_engine(self) -> tokenizers.Tokenizer:
         """The engine that reads the names of special tokens as plain text. A copy: the switch is the object's."""

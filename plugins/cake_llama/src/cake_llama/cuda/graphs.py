@@ -53,7 +53,7 @@ def capturable(config: ModelConfig, parts: Parts) -> bool:
     head_plain = parts.head is None or isinstance(parts.head, Linear)
     biased = any(b.gate_up.bias is not None for b in parts.blocks if isinstance(b.gate_up, Linear))
     grouped = config.num_heads // config.num_kv_heads <= 16
-    return blocks_plain and head_plain and not biased and grouped and config.rope.kind != "dynamic"
+    return blocks_plain and head_plain and not biased and grouped and not config.rope.depends_on_length
 
 
 class Graphs:

@@ -223,7 +223,7 @@ class CudaStage(LlamaStage):
         """Rows that asked for log-probabilities, or whose draws depend on what was said before."""
         assert flight.logits is not None  # noqa: S101 - one of the two is always there
         answers = Answers(lambda x: x)
-        asked = [Asked(s.row, i, s.session.tokens, s.session.spec, ()) for i, s in enumerate(flight.steps)]
+        asked = [Asked(s.row, i, s.session.tokens, s.session.spec, (), s.session.grammar) for i, s in enumerate(flight.steps)]
         for step, drawn in zip(flight.steps, answers.collect(flight.logits, asked), strict=True):
             if drawn:
                 step.session.sampled = drawn[-1]
