@@ -50,6 +50,9 @@ def load_stage(
     kept = None if options.dtype == "auto" else TORCH_DTYPES[options.dtype]
     own = cpu_loader(config, source, kept, options.threads or torch.get_num_threads(), moved) if device.type == "cpu" else None
     dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
+    if own is not None and not own.native and _fits_widened(checkpoint, info, layers, device):
+        # Dequantised once instead of at every step: five times the memory, a tenth of the time.
+        own, dtypes = None, Dtypes(torch.float32, torch.float32)
     if own is not None:
         dtypes = Dtypes(dtypes.stored, torch.float32)
     total = _check_fit(_sizes(checkpoint, info, layers, None if own else dtypes.stored), device)
@@ -71,6 +74,11 @@ def load_stage(
 
             return CudaStage(spec, parts, cache, rotary)
     return LlamaStage(spec, parts, cache, rotary)
+
+
+def _fits_widened(checkpoint: Checkpoint, info: ModelInfo, layers: Sequence[str], device: torch.device) -> bool:
+    """Whether the layers take at most half of the memory that is left when they are dequantised to f32."""
+    return sum(_sizes(checkpoint, info, layers, torch.float32)) <= available_bytes(device) // 2
 
 
 def _has_triton() -> bool:

@@ -32,6 +32,9 @@ PIECE_BYTES = 1 << 24
 class FileWidthLoader(Loader):
     """With PyTorch alone. `dtype`: convert weights to it; None leaves them as they are in the file."""
 
+    native = False
+    """Whether products are made on the packed weights, not on dequantised tiles."""
+
     def __init__(
         self, config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, moved: Callable[[int], None]
     ) -> None:
@@ -67,6 +70,8 @@ class FileWidthLoader(Loader):
 
 class NativeLoader(FileWidthLoader):
     """With cake-kernels, whose threads are its pool's."""
+
+    native = True
 
     def __init__(
         self,
@@ -179,8 +184,8 @@ def cpu_loader(
     if dtype is not None or kinds <= {"F32", "F16", "BF16"}:
         return None
     log.warning(
-        "cake-kernels is not installed: %s weights are dequantised at every step, which is slow; install cake-kernels, or use "
-        "--dtype f32 if memory suffices",
+        "cake-kernels is not installed: %s weights are dequantised, at load where memory suffices and at every step, which is "
+        "slow, where not; install cake-kernels",
         "/".join(sorted(kinds)),
     )
     return FileWidthLoader(config, source, dtype, moved)
