@@ -119,8 +119,8 @@ def cluster_of(plugins: Plugins, checkpoint: Checkpoint) -> Iterator[MakeCluster
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "|".join(cut) or "local")
 def test_any_cut_gives_the_plain_loops_ids(cut: Cut, checkpoint: Checkpoint, cluster_of: MakeCluster) -> None:
     runtime = cluster_of(cut).open_text(limits=Limits(chunk=16, depth=3))
-    requests = [request_for(i) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
+    requests = [request_for(i) for i in range(16)]
+    with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda request: ids(runtime, request), requests))
     for request, tokens in zip(requests, found, strict=True):
         assert tokens == plain_loop(checkpoint, request.prompt, request.sampling, request.max_tokens or 0)

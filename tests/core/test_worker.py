@@ -197,6 +197,17 @@ def test_a_draining_worker_lets_requests_finish(cluster: LocalCluster) -> None:
     assert not ending.is_alive()
 
 
+def test_kept_prefixes_do_not_hold_up_a_draining_worker(cluster: LocalCluster) -> None:
+    runtime = cluster.open_text()
+    list(runtime.engine.generate(TextRequest(tuple(range(40)), max_tokens=5, ignore_eos=True)))
+    worker = cluster.workers.pop("w0")
+    assert worker.sessions == 1  # kept for the next prompt that begins alike
+    ending = threading.Thread(target=worker.shutdown, args=(60.0,))
+    ending.start()
+    ending.join(10)
+    assert not ending.is_alive()
+
+
 def test_a_topology_without_that_node_is_an_error(cluster: LocalCluster, tmp_path: Path) -> None:
     from cake_core.errors import ConfigError, TopologyError
     from cake_core.topology import parse_topology

@@ -17,8 +17,8 @@ from cake_core.testing import contracts
 PROJECTS = {folder.name: tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) for folder in DISTRIBUTIONS}
 
 LONGEST_FILE = 280
-LONGER_FILES = {"cake_core.model": 560, "cake_core.engine.text": 450}
-"""The contract is read as a whole; the engine's loop is to be cut."""
+LONGER_FILES = {"cake_core.model": 560}
+"""The contract is read as a whole."""
 LONGEST_FUNCTION = 50
 MOST_PARAMETERS = 8
 KERNELS = "cake_llama.cuda.kernels"

@@ -82,6 +82,10 @@ class Nodes:
         for node in self._nodes.values():
             node.wait_up(until - time.monotonic() if wait else 0.0 if node.error else until - time.monotonic())
 
+    @property
+    def draining(self) -> bool:
+        return any(node.state == "draining" for node in self._nodes.values())
+
     def missing(self) -> CakeError | None:
         away = [node for node in self._nodes.values() if node.state not in ("up", "draining")]
         if not away:

@@ -29,6 +29,10 @@ class Watch(Protocol):
 
     rejoin: float
 
+    @property
+    def draining(self) -> bool:
+        """Whether a node is about to leave and waits for its sessions to end."""
+
     def missing(self) -> CakeError | None: ...
 
 
@@ -111,6 +115,8 @@ class Loop:
 
     def _fill(self) -> None:
         """Launches batches until enough are in flight or nothing can go."""
+        if self._watch is not None and self._watch.draining:
+            self._scheduler.forget_prefixes()  # or the node would wait for sessions that nobody uses
         self._close_sessions()
         if not self._ready():
             return
