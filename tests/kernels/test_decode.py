@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.kernels.weights import BLOCKS, Packed, Weights, address, exact, random_blocks
+from tests.kernels.weights import Packed, Weights, address, exact
+from tests.kernels.weights_table import BLOCKS, random_blocks
 
 import cake_kernels as kernels
 

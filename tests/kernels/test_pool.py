@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from tests.kernels.weights import Packed, address, product, random_blocks
+from tests.kernels.weights import Packed, address, product
+from tests.kernels.weights_table import random_blocks
 
 import cake_kernels as kernels
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.kernels.weights import BLOCKS, Packed, Weights, activation_bound, address, exact, product, random_blocks
+from tests.kernels.weights import Packed, Weights, activation_bound, address, exact, product
+from tests.kernels.weights_table import BLOCKS, random_blocks
 
 import cake_kernels as kernels
 

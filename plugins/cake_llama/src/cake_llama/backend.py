@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import ConfigError
 from cake_core.model import BACKEND_API, DTYPE_SIZES, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
 from cake_llama.config import FAMILIES, KV_BLOCK, ModelConfig, architecture_of
-from cake_llama.names import EMBED, layer_tensors
+from cake_llama.names import EMBED, HEAD, layer_tensors
 from cake_llama.random_model import RandomCheckpoint, RandomTokenizer
+
+QUANTIZED_BYTES = {"int8": 34, "int4": 19}
+"""Bytes of 32 weights with their scale, as `--quantize` makes them; the embedding and the head stay at 8 bit."""
 
 
 class LlamaBackend:
@@ -31,12 +34,10 @@ class LlamaBackend:
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         config = ModelConfig.from_checkpoint(checkpoint)
         dtype = options.dtype if options.dtype != "auto" else config.dtype
-        if options.quantize not in (None, "none"):
-            raise ConfigError(f"--quantize {options.quantize} is not served by {self.name} yet; leave it out")
         if options.kv_dtype not in ("auto", "f32", "f16", "bf16"):
             raise ConfigError(f"--kv-dtype {options.kv_dtype} is not served by {self.name}; use auto, f32, f16 or bf16")
         item, kv_item = DTYPE_SIZES[dtype], DTYPE_SIZES[dtype if options.kv_dtype == "auto" else options.kv_dtype]
-        kept = options.dtype == "auto" and checkpoint.format == "gguf"
+        width = _width(checkpoint, options, item)
         context = options.context or config.context_length
         if context > config.context_length:
             raise ConfigError(f"--context {context} is more than the {config.context_length} that {checkpoint.name} can do")
@@ -46,8 +47,7 @@ class LlamaBackend:
             name=checkpoint.name,
             architecture=config.architecture,
             layers=tuple(
-                _layer(config, name, found, None if kept else item, kv_item)
-                for name, found in layer_tensors(checkpoint, config).items()
+                _layer(config, name, found, width, kv_item) for name, found in layer_tensors(checkpoint, config).items()
             ),
             dtype=dtype,
             hidden_bytes_per_token=config.hidden_size * item,
@@ -83,11 +83,35 @@ class LlamaBackend:
         return probe(options)
 
 
-def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], item: int | None, kv_item: int) -> Layer:
-    """`item`: bytes a weight takes in memory; None: what it takes in the file."""
+Width = Callable[[TensorInfo], int]
+"""Bytes that a tensor takes in memory."""
+
+
+def _width(checkpoint: Checkpoint, options: LoadOptions, item: int) -> Width:
+    """Raises ConfigError for a width that cannot be had."""
+    if options.quantize in (None, "none"):
+        if options.dtype == "auto" and checkpoint.format == "gguf":
+            return lambda tensor: tensor.nbytes
+        return lambda tensor: math.prod(tensor.shape) * item
+    size = QUANTIZED_BYTES.get(str(options.quantize))
+    if size is None:
+        raise ConfigError(f"unknown --quantize {options.quantize}; use int8, int4 or none")
+    if checkpoint.format == "gguf":
+        raise ConfigError(f"{checkpoint.name} is a GGUF file, whose weights stay as they are; leave --quantize out")
+
+    def narrow(tensor: TensorInfo) -> int:
+        if len(tensor.shape) == 1:
+            return 4 * tensor.shape[0]
+        whole = tensor.name.startswith((EMBED, HEAD))
+        return math.prod(tensor.shape) * (QUANTIZED_BYTES["int8"] if whole else size) // 32
+
+    return narrow
+
+
+def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], width: Width, kv_item: int) -> Layer:
     parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     file_nbytes = sum(tensor.nbytes for tensor in tensors)
-    nbytes = file_nbytes if item is None else parameters * item
+    nbytes = sum(width(tensor) for tensor in tensors)
     block = name.startswith("model.layers.")
     return Layer(
         name=name,

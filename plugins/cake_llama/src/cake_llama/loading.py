@@ -14,7 +14,7 @@ from cake_core.errors import CapacityError, CheckpointError, ConfigError
 from cake_core.model import LoadOptions, ModelInfo, Progress
 from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
-from cake_llama.cpu.loader import cpu_loader
+from cake_llama.cpu.loader import Treatment, cpu_loader
 from cake_llama.grammar import Grammars
 from cake_llama.memory import available_bytes
 from cake_llama.model import Dtypes, Loader, Parts
@@ -47,8 +47,9 @@ def load_stage(
             progress(min(done, total), total)
 
     source = weight_source(checkpoint, device)
-    kept = None if options.dtype == "auto" else TORCH_DTYPES[options.dtype]
-    own = cpu_loader(config, source, kept, options.threads or torch.get_num_threads(), moved) if device.type == "cpu" else None
+    own = cpu_loader(config, source, _treatment(options), moved) if device.type == "cpu" else None
+    if own is None and options.quantize not in (None, "none"):
+        raise ConfigError(f"--quantize {options.quantize} is served on the CPU only; leave it out on {device}")
     dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
     if own is not None and not own.native and _fits_widened(checkpoint, info, layers, device):
         # Dequantised once instead of at every step: five times the memory, a tenth of the time.
@@ -79,6 +80,12 @@ def load_stage(
 def _fits_widened(checkpoint: Checkpoint, info: ModelInfo, layers: Sequence[str], device: torch.device) -> bool:
     """Whether the layers take at most half of the memory that is left when they are dequantised to f32."""
     return sum(_sizes(checkpoint, info, layers, torch.float32)) <= available_bytes(device) // 2
+
+
+def _treatment(options: LoadOptions) -> Treatment:
+    kept = None if options.dtype == "auto" else TORCH_DTYPES[options.dtype]
+    quantize = None if options.quantize == "none" else options.quantize
+    return Treatment(kept, quantize, options.threads or torch.get_num_threads())
 
 
 def _has_triton() -> bool:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cake_core.errors import ConfigError
 from cake_llama.config import ModelConfig
 from cake_llama.cpu.blocks import BlockEmbedding, BlockLinear, Blocks, Rows, stored
+from cake_llama.cpu.quantize import GROUP, quantized
 from cake_llama.model import Dtypes, Embedding, Loader, Parts, Project
 from cake_llama.names import EMBED, HEAD
 from cake_llama.weights import WeightSource
@@ -27,6 +30,15 @@ log = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 24
 """Bytes of weights read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What becomes of the weights: converted to `dtype` (None: left as they are), narrowed to `quantize`, used by `threads`."""
+
+    dtype: torch.dtype | None
+    quantize: str | None
+    threads: int
 
 
 class FileWidthLoader(Loader):
@@ -69,22 +81,16 @@ class FileWidthLoader(Loader):
 
 
 class NativeLoader(FileWidthLoader):
-    """With cake-kernels, whose threads are its pool's."""
+    """With cake-kernels, whose threads are its pool's. `how.quantize`: narrow the weights to int8 or int4."""
 
     native = True
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        source: WeightSource,
-        dtype: torch.dtype | None,
-        moved: Callable[[int], None],
-        threads: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource, how: Treatment, moved: Callable[[int], None]) -> None:
         import cake_kernels
 
-        super().__init__(config, source, dtype, moved)
-        self._pool = cake_kernels.Pool(threads)
+        super().__init__(config, source, how.dtype, moved)
+        self._quantize = how.quantize
+        self._pool = cake_kernels.Pool(how.threads)
 
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:
         from cake_llama.cpu.linear import NativeLinear
@@ -129,28 +135,45 @@ class NativeLoader(FileWidthLoader):
     def _weight(self, name: str, start: int = 0, stop: int | None = None) -> Weight:
         """Rows start .. stop - 1 of a tensor, read and packed piece by piece."""
         from cake_kernels import PLAIN, TYPES
-        from cake_llama.cpu.linear import PIECE_ROWS, Packing, plain_weight
+        from cake_llama.cpu.linear import plain_weight
 
+        if self._quantize is not None and self._source.shape(name)[1] % GROUP == 0:
+            return self._packed(name, start, stop)
         if self._keep is not None:
             rows = stored(self._source.load(name, self._keep)[start:stop])
             self._moved(rows.nbytes)
             return plain_weight(rows)
         head = self._source.rows(name, start, start + 1)
-        kind, cols = head.kind, head.shape[1]
+        kind = head.kind
         if kind not in TYPES:
             return self._widened(name, kind, start, stop)
         if isinstance(head, Blocks) and kind in PLAIN:
             whole = self._source.rows(name, start, stop)
             self._moved(whole.nbytes)
             return plain_weight(whole)  # type: ignore[arg-type]
+        return self._packed(name, start, stop)
+
+    def _packed(self, name: str, start: int, stop: int | None) -> Weight:
+        """Read, narrowed if that was asked for, and packed piece by piece."""
+        from cake_llama.cpu.linear import PIECE_ROWS, Packing
+
         stop = self._source.shape(name)[0] if stop is None else stop
-        packing = Packing(kind, (stop - start, cols), head.group, self._pool)
-        step = max(1, PIECE_BYTES // head.nbytes // PIECE_ROWS) * PIECE_ROWS
+        head = self._treated(name, start, start + 1)
+        packing = Packing(head.kind, (stop - start, head.shape[1]), head.group, self._pool)
+        step = max(1, PIECE_BYTES // (4 * head.shape[1]) // PIECE_ROWS) * PIECE_ROWS
         for at in range(start, stop, step):
-            piece = self._source.rows(name, at, min(at + step, stop))
+            piece = self._treated(name, at, min(at + step, stop))
             packing.put(at - start, piece)
             self._moved(piece.nbytes)
         return packing.weight
+
+    def _treated(self, name: str, start: int, stop: int) -> Rows:
+        """Rows as they will be multiplied. The embedding and the head are not narrowed below 8 bit."""
+        rows = self._source.rows(name, start, stop)
+        if self._quantize is None:
+            return rows
+        whole = name.startswith((f"{EMBED}.", f"{HEAD}."))
+        return quantized(rows.dequantized(0, stop - start), "int8" if whole else self._quantize)
 
     def _widened(self, name: str, kind: str, start: int, stop: int | None) -> Weight:
         from cake_llama.cpu.linear import plain_weight
@@ -175,17 +198,22 @@ def has_kernels() -> bool:
 
 
 def cpu_loader(
-    config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, threads: int, moved: Callable[[int], None]
+    config: ModelConfig, source: WeightSource, how: Treatment, moved: Callable[[int], None]
 ) -> FileWidthLoader | None:
-    """The loader for a stage on the CPU; None where PyTorch's own layers serve best: plain weights without cake-kernels."""
+    """The loader for a stage on the CPU; None where PyTorch's own layers serve best: plain weights without cake-kernels.
+
+    Raises ConfigError when weights are to be narrowed without cake-kernels.
+    """
     if has_kernels():
-        return NativeLoader(config, source, dtype, moved, threads)
+        return NativeLoader(config, source, how, moved)
+    if how.quantize is not None:
+        raise ConfigError(f"--quantize {how.quantize} needs cake-kernels; install it, or leave --quantize out")
     kinds = {source.rows(name, 0, 1).kind for name in source.names() if len(source.shape(name)) == 2}
-    if dtype is not None or kinds <= {"F32", "F16", "BF16"}:
+    if how.dtype is not None or kinds <= {"F32", "F16", "BF16"}:
         return None
     log.warning(
         "cake-kernels is not installed: %s weights are dequantised, at load where memory suffices and at every step, which is "
         "slow, where not; install cake-kernels",
         "/".join(sorted(kinds)),
     )
-    return FileWidthLoader(config, source, dtype, moved)
+    return FileWidthLoader(config, source, None, moved)
