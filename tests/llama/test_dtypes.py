@@ -48,6 +48,11 @@ def error_of(chain: Chain, oracle: Oracle, length: int = 40) -> float:
     return difference(stage_logits(chain, tokens, [length - 4, 1, 1, 2]), oracle.logits(tokens))
 
 
+def assert_holds(chain: Chain, nbytes: int) -> None:
+    """Where cake-kernels is installed, norms and biases are kept in f32, whatever the matrices are."""
+    assert nbytes <= chain.stages[0].memory().weights <= 1.02 * nbytes
+
+
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "phi3-longrope"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_width_is_near(tmp_path: Path, name: str, dtype: str) -> None:
@@ -62,7 +67,8 @@ def test_auto_keeps_the_width_of_the_file(tmp_path: Path, dtype: str) -> None:
     info = BACKEND.describe(SafetensorsCheckpoint(folder), options)
     assert (info.dtype, info.layers[1].nbytes) == (dtype, info.layers[1].file_nbytes)
     chain = load_chain(folder, options=[options])
-    assert (chain.stages[0].memory().dtype, chain.stages[0].memory().weights) == (dtype, sum(x.nbytes for x in info.layers))
+    assert chain.stages[0].memory().dtype == dtype
+    assert_holds(chain, sum(x.nbytes for x in info.layers))
     assert error_of(chain, oracle) < BOUNDS[dtype]
 
 
@@ -71,11 +77,10 @@ def test_f32_where_the_arithmetic_is_missing(tmp_path: Path, monkeypatch: pytest
     """Stored in half, computed in f32: nothing but the cache is rounded."""
     folder, oracle = half(tmp_path, dtype)
     monkeypatch.setattr(loading, "computes", lambda device, asked: asked is torch.float32)
+    monkeypatch.setattr(loading, "cpu_loader", lambda *arguments: None)  # as on a device for which we have no kernels
     options = LoadOptions(dtype=dtype, device="cpu", kv_dtype="f32")
     chain = load_chain(folder, options=[options])
-    assert chain.stages[0].memory().weights == sum(
-        x.file_nbytes for x in BACKEND.describe(SafetensorsCheckpoint(folder), options).layers
-    )
+    assert_holds(chain, sum(x.file_nbytes for x in BACKEND.describe(SafetensorsCheckpoint(folder), options).layers))
     assert error_of(chain, oracle) < 1e-4
 
 
@@ -107,8 +112,8 @@ def test_a_narrower_cache_is_near(tmp_path: Path) -> None:
     assert 1e-5 < error_of(chain, Oracle(folder)) < 2e-2
 
 
-@pytest.mark.parametrize("options", [LoadOptions(quantize="int3"), LoadOptions(kv_dtype="f64")], ids=["quantize", "kv"])
-def test_what_is_not_served_is_said(tmp_path: Path, options: LoadOptions) -> None:
+@pytest.mark.parametrize("options", [LoadOptions(quantize="int3"), LoadOptions(kv_dtype="f64")], ids=["int3", "f64"])
+def test_what_is_not_served_is_said(tmp_path: Path, options: LoadOptions, request: pytest.FixtureRequest) -> None:
     checkpoint = SafetensorsCheckpoint(write_checkpoint(tmp_path, CASES["llama"]))
-    with pytest.raises(ConfigError, match="is not served"):
+    with pytest.raises(ConfigError, match=rf"{request.node.callspec.id}.* use "):
         BACKEND.describe(checkpoint, options)

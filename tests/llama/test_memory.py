@@ -49,7 +49,7 @@ stage = backend.load(checkpoint, info, sys.argv[4:], options)
 peak = kilobytes("VmHWM")
 weights = sum(info.layer(name).nbytes for name in sys.argv[4:])
 cache = sum(info.layer(name).kv_bytes_per_token for name in sys.argv[4:]) * options.kv_tokens
-assert stage.memory().weights == weights
+assert weights <= stage.memory().weights < 1.01 * weights  # cake-kernels keeps norms and biases in f32
 print((peak - before) * 1024, weights, cache)
 """
 
@@ -122,9 +122,14 @@ def test_layers_that_do_not_fit_are_refused_before_loading(tmp_path: Path, monke
     backend, checkpoint = LlamaBackend(), SafetensorsCheckpoint(write_model(tmp_path / "model", None, SMALL))
     info = backend.describe(checkpoint, LoadOptions())
     monkeypatch.setattr(loading, "available_bytes", lambda device: 2 * info.layer("model.layers.0").nbytes + 1)
-    monkeypatch.setattr(loading, "weight_source", lambda *arguments: pytest.fail("loading began"))
     with pytest.raises(CapacityError, match=r"3 layers need .* 2 of them would fit"):
-        backend.load(checkpoint, info, [f"model.layers.{i}" for i in range(3)], LoadOptions(device="cpu"))
+        backend.load(
+            checkpoint,
+            info,
+            [f"model.layers.{i}" for i in range(3)],
+            LoadOptions(device="cpu"),
+            progress=lambda done, total: pytest.fail("loading began"),
+        )
 
 
 def test_a_weight_that_is_missing_or_of_another_shape_is_named(tmp_path: Path) -> None:
