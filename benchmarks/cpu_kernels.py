@@ -41,6 +41,7 @@ def matrices(
     memory = [torch.empty(size + cake_kernels.ALIGNMENT, dtype=torch.uint8) for _ in range(COPIES)]
     found = []
     for one in memory:
+        cake_kernels.use_large_pages(one.data_ptr(), one.nbytes)
         at = one.data_ptr() + -one.data_ptr() % cake_kernels.ALIGNMENT
         found.append(cake_kernels.Matrix(at, number, rows, cols, 0))
         pool.pack(found[-1], blocks.data_ptr())

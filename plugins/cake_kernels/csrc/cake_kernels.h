@@ -51,6 +51,9 @@ CAKE_API int32_t cake_use_isa(const char *name);
 CAKE_API cake_pool *cake_pool_new(int32_t threads);
 CAKE_API void cake_pool_free(cake_pool *pool);
 
+/* Asks the system for large pages for memory that is not written yet. Does nothing where it cannot. */
+CAKE_API void cake_use_large_pages(void *memory, int64_t bytes);
+
 /* Bytes of a packed matrix, -1 for a shape or type that cannot be packed. */
 CAKE_API int64_t cake_packed_bytes(int32_t type, int32_t rows, int32_t cols, int32_t group);
 /* GGUF blocks, row after row, into `out` (64-byte aligned). Packed row i is source row order[i]; NULL: in order. */

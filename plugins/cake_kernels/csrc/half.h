@@ -8,9 +8,11 @@
 #if defined(_MSC_VER)
 #define INLINE __forceinline
 #define UNROLL
+#define PREFETCH(p) ((void)(p))
 #else
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+#define PREFETCH(p) __builtin_prefetch(p)
 #endif
 
 static INLINE float bits_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }

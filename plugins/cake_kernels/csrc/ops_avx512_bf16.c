@@ -5,6 +5,7 @@
 #include "ops.h"
 
 #define LANES 32
+#define AHEAD 512 /* values of each of four rows at a time; measured */
 
 static INLINE __m512bh load_(const uint16_t *p, int32_t left) {
   if (left >= LANES) return (__m512bh)_mm512_loadu_si512(p);
@@ -20,6 +21,7 @@ static INLINE void tile_(const int nr, const int mt, const uint16_t *w, const ui
     __m512bh b[4];
     UNROLL for (int m = 0; m < mt; m++) b[m] = load_(x + (int64_t)m * cols + k, cols - k);
     UNROLL for (int r = 0; r < nr; r++) {
+      if (mt == 1) PREFETCH(w + (int64_t)r * cols + k + AHEAD);
       __m512bh a = load_(w + (int64_t)r * cols + k, cols - k);
       UNROLL for (int m = 0; m < mt; m++) acc[r][m] = _mm512_dpbf16_ps(acc[r][m], a, b[m]);
     }

@@ -2,6 +2,10 @@
 
    A thread that waits spins for some tens of microseconds, since the phases of a decode step are that short, and then sleeps.
    An idle pool costs nothing, and where processors are taken by others the caller goes on alone. */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE /* madvise */
+#include <sys/mman.h>
+#endif
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -235,4 +239,15 @@ char *cake_scratch(cake_pool *pool, int64_t bytes) {
 #endif
   pool->scratch_bytes = pool->scratch == NULL ? 0 : bytes;
   return pool->scratch;
+}
+
+void cake_use_large_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, start = ((uintptr_t)memory + page - 1) / page * page;
+  const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
+  if (end > start) madvise((void *)start, end - start, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }

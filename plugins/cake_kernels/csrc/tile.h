@@ -3,6 +3,8 @@
    Every row of x is worked on in the same order however many there are, so a row's result does not depend on its batch. */
 #include "layout.h"
 
+#define AHEAD 4096 /* bytes: what the hardware fetches by itself ends at each page */
+
 /* Vector j (0..7) of a unit's codes, as unsigned numbers; for 8 bit they are signed. */
 static INLINE vw codes_(const int type, const uint8_t *p, int j) {
   switch (type) {
@@ -117,6 +119,7 @@ static INLINE void tile_(const int type, const int mt, const uint8_t *group, lay
     scales = head_(type, scales, &s);
     for (; u < stop; u++) {
       scales = unit_scales_(type, scales, &s);
+      if (mt == 1) for (int32_t line = 0; line < l.code_bytes; line += 64) PREFETCH(codes + AHEAD + line);
       unit_(type, mt, codes, &s, a + u, units, sum);
       codes += l.code_bytes;
     }

@@ -29,6 +29,7 @@ __all__ = [
     "rms_norm",
     "rows",
     "use_isa",
+    "use_large_pages",
 ]
 
 TYPES = {
@@ -74,6 +75,11 @@ def packed_bytes(kind: str, rows: int, cols: int, group: int = 0) -> int:
     if nbytes < 0:
         raise KernelError(f"{rows} x {cols} weights cannot be packed as {kind} in groups of {group}")
     return nbytes
+
+
+def use_large_pages(memory: int, nbytes: int) -> None:
+    """Asks the system for large pages for memory that has not been written; a hint, nothing where it cannot."""
+    _library.cake_use_large_pages(memory, nbytes)
 
 
 def rows(matrix: Matrix, ids: int, count: int, out: int) -> None:

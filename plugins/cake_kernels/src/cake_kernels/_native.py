@@ -82,6 +82,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "cake_use_isa": (c_int32, c_char_p),
         "cake_pool_new": (c_void_p, c_int32),
         "cake_pool_free": (None, c_void_p),
+        "cake_use_large_pages": (None, c_void_p, c_int64),
         "cake_packed_bytes": (c_int64, c_int32, c_int32, c_int32, c_int32),
         "cake_pack": (c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_void_p),
         "cake_pack_groups": (c_int32, c_void_p, POINTER(Matrix), c_void_p, c_void_p, c_void_p, c_void_p),

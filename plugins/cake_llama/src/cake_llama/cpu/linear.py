@@ -56,6 +56,7 @@ def plain_weight(rows: Blocks) -> Weight:
 
 def _aligned(nbytes: int) -> Tensor:
     memory = torch.empty(nbytes + cake_kernels.ALIGNMENT, dtype=torch.uint8)
+    cake_kernels.use_large_pages(memory.data_ptr(), memory.nbytes)
     start = -memory.data_ptr() % cake_kernels.ALIGNMENT
     return memory[start : start + nbytes]
 
