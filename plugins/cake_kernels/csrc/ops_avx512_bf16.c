@@ -5,7 +5,7 @@
 #include "ops.h"
 
 #define LANES 32
-#define AHEAD 512 /* values of each of four rows at a time; measured */
+#define AHEAD 4096 /* values; measured */
 
 static INLINE __m512bh load_(const uint16_t *p, int32_t left) {
   if (left >= LANES) return (__m512bh)_mm512_loadu_si512(p);
@@ -38,11 +38,10 @@ void cake_matmul_avx512_bf16(const cake_matrix *w, const activations *a, int32_t
     const uint16_t *x = a->bf16 + (int64_t)first * cols;
     int32_t row = begin;
     for (; row < end;) {
-      int32_t nr = end - row >= 4 ? 4 : 1;
+      int32_t nr = end - row < 4 || mt == 1 ? 1 : 4; /* one stream from memory is faster than four */
       const uint16_t *rows = (const uint16_t *)w->data + (int64_t)row * cols;
       float *out = y + first * y_stride + row;
       if (nr == 4 && mt == 4) tile_(4, 4, rows, x, cols, out, y_stride);
-      else if (nr == 4) tile_(4, 1, rows, x, cols, out, y_stride);
       else if (mt == 4) tile_(1, 4, rows, x, cols, out, y_stride);
       else tile_(1, 1, rows, x, cols, out, y_stride);
       row += nr;
