@@ -13,7 +13,7 @@
 #define CAKE_API __attribute__((visibility("default")))
 #endif
 
-#define CAKE_ABI 1
+#define CAKE_ABI 2
 
 /* Numbers of GGUF where GGUF has the type. */
 enum cake_type {
