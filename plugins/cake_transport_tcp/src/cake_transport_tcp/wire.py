@@ -128,10 +128,11 @@ class Wire:
     def write(self, pieces: Sequence[memoryview], patience: float | None) -> None:
         self._writing = True
         try:
-            if self._ended:
-                raise self._closed()
             left = list(pieces)
             while left:
+                # Looked at before every piece: a reader that keeps up would have an aborted message sent to its end.
+                if self._ended:
+                    raise self._closed()
                 sent = self._send(left)
                 if not sent:
                     self._wait(self._writable, None if patience is None else time.monotonic() + patience)
