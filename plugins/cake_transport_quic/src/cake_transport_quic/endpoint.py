@@ -77,9 +77,11 @@ class Endpoint:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._sock, selectors.EVENT_READ)
                 selector.register(self._wake, selectors.EVENT_READ)
+                self._turn()
                 while not self._closing or self._connections:
-                    self._turn()
+                    # Never before looking whether it is over: without connections nothing would end the wait.
                     selector.select(self._timeout())
+                    self._turn()
         except Exception:
             log.exception("a QUIC endpoint failed")
         with self._state:
