@@ -12,7 +12,7 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "model requests events checkpoint transport topology png formats config",
-        "placement planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate security units",
+        "placement profiles planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub split",
         "connect link stages guest worker cluster engine runtime",
         "bench",
