@@ -29,9 +29,9 @@ from cake_core.plugins import Plugins
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import RunSpec, TextRuntime, open_text
 from cake_core.testing.cluster import LocalCluster
-from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
 from cake_core.topology import Topology
+from cake_core.transport import Transport
 
 Cut = dict[str, list[str]]
 MakeCluster = Callable[[Cut], LocalCluster]
@@ -104,11 +104,11 @@ def request_for(i: int) -> TextRequest:
 
 
 @pytest.fixture
-def cluster_of(plugins: Plugins, checkpoint: Checkpoint) -> Iterator[MakeCluster]:
+def cluster_of(plugins: Plugins, checkpoint: Checkpoint, transport: Transport) -> Iterator[MakeCluster]:
     made: list[LocalCluster] = []
 
     def make(cut: Cut) -> LocalCluster:
-        made.append(LocalCluster(plugins, checkpoint, MemoryTransport(), cut))
+        made.append(LocalCluster(plugins, checkpoint, transport, cut))
         return made[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,9 @@ from cake_core.plugins import Plugins
 from cake_core.protocol import Message, Type
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.testing.cluster import LocalCluster
-from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import Topology
-from cake_core.transport import Channel
+from cake_core.transport import Channel, Transport
 
 ALL = ["model.embed_tokens", "model.layers.0-3", "model.norm", "lm_head"]
 STAGES = [["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head"]]
@@ -29,9 +29,9 @@ TIMING = LinkTiming(heartbeat=0.1, dead=0.6, request=5.0)
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+def cluster(tmp_path: Path, transport: Transport) -> Iterator[LocalCluster]:
     checkpoint = write_toy_checkpoint(tmp_path / "toy")
-    with LocalCluster(Plugins(entries=()), checkpoint, MemoryTransport(), {"w0": ALL}, timing=TIMING) as made:
+    with LocalCluster(Plugins(entries=()), checkpoint, transport, {"w0": ALL}, timing=TIMING) as made:
         yield made
 
 
@@ -156,7 +156,7 @@ def test_wrong_tensors_are_a_stage_error(cluster: LocalCluster) -> None:
 def test_a_silent_peer_is_given_up(cluster: LocalCluster) -> None:
     """The other end says nothing at all, as a frozen process does."""
     silent = threading.Event()
-    listener = cluster.transport.listen(type(cluster.addresses["w0"])("silent", 0, "memory"), None)
+    listener = cluster.transport.listen(replace(cluster.addresses["w0"], port=0), None)
     downs: list[CakeError] = []
     dialled = cluster.transport.dial(listener.address, None, 5.0)
     accepted = listener.accept()
@@ -175,10 +175,10 @@ def test_a_silent_peer_is_given_up(cluster: LocalCluster) -> None:
     listener.close()
 
 
-def test_a_busy_worker_is_alive(tmp_path: Path) -> None:
+def test_a_busy_worker_is_alive(tmp_path: Path, transport: Transport) -> None:
     """A batch that takes three times the dead time: the worker's signs of life keep the link."""
     checkpoint = write_toy_checkpoint(tmp_path / "slow", seconds_per_batch=2.0)
-    with LocalCluster(Plugins(entries=()), checkpoint, MemoryTransport(), {"w0": ALL}, timing=TIMING) as cluster:
+    with LocalCluster(Plugins(entries=()), checkpoint, transport, {"w0": ALL}, timing=TIMING) as cluster:
         runtime = cluster.open_text()
         events = list(runtime.engine.generate(TextRequest((1, 2, 3), max_tokens=1, ignore_eos=True)))
         assert sum(isinstance(event, TokenEvent) for event in events) == 1

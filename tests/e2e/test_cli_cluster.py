@@ -60,6 +60,19 @@ def test_any_placement_gives_the_same_text(spawn: Spawn, free_address: Pick, tmp
         assert "draining" in worker.output
 
 
+def test_workers_over_quic_and_tcp_in_one_topology(spawn: Spawn, free_address: Pick, tmp_path: Path) -> None:
+    pytest.importorskip("qh3")
+    nodes = {
+        "left": (f"quic://{free_address()}", "model.layers.0-1"),
+        "right": (free_address(), "model.layers.2-3, model.norm, lm_head"),
+    }
+    topology = write_topology(tmp_path, **nodes)
+    for name, (address, _) in nodes.items():
+        start_worker(spawn, name, address).wait_for("listening on")
+    split = spawn(quiet([*RUN, "--topology", topology, "hello"]))
+    assert answer(split) == answer(spawn(quiet([*RUN, "hello"])))
+
+
 def test_a_worker_says_what_it_loaded(spawn: Spawn, free_address: Pick, tmp_path: Path) -> None:
     address = free_address()
     write_topology(tmp_path, left=(address, "model.layers.0-1"))

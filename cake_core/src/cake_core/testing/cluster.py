@@ -10,11 +10,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.errors import ConfigError
 from cake_core.link import LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
@@ -72,6 +74,17 @@ class LocalCluster:
         chosen = address or Address(name if scheme == "memory" else "127.0.0.1", 0, scheme)
         return self.transport.listen(chosen, None)
 
+    def _listen_again(self, name: str) -> Listener:
+        """At the address of before, which a transport may hold a moment longer than the worker that was stopped."""
+        until = time.monotonic() + 10.0
+        while True:
+            try:
+                return self._listen(name, self.addresses[name])
+            except ConfigError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+
     def _topology(self) -> Topology:
         entries = {name: {"host": str(self.addresses[name]), "layers": list(self._layers[name])} for name in self._layers}
         return parse_topology(entries, "the test's topology")
@@ -81,7 +94,7 @@ class LocalCluster:
         spec = WorkerSpec(checkpoint or self.checkpoint, self.topology, name, options or self.options)
         worker = Worker(self.plugins, spec, self.timing)
         worker.load()
-        listener = self._listeners.pop(name, None) or self._listen(name, self.addresses[name])
+        listener = self._listeners.pop(name, None) or self._listen_again(name)
         self.workers[name] = worker
         thread = threading.Thread(target=worker.serve, args=(OpenGate(listener),), name=f"worker-{name}", daemon=True)
         self._threads.append(thread)
