@@ -14,7 +14,7 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "model requests events checkpoint transport topology png formats config",
         "placement profiles planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub split",
-        "connect link stages guest worker cluster engine runtime",
+        "connect link stages serving guest worker cluster engine runtime",
         "bench",
         "cli __main__",
         "testing",

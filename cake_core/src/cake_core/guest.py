@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -12,8 +11,9 @@ from typing import Any, Protocol
 from cake_core.codec import spec_from_fields
 from cake_core.errors import CakeError, NodeMismatch, StageError, TransportError
 from cake_core.link import Link
-from cake_core.model import Batch, Component, ModelInfo, Pending, Row, Tensor
+from cake_core.model import Batch, Pending, Row, Tensor
 from cake_core.protocol import Message, Type, split_buffers, tensor_fields
+from cake_core.serving import Serving
 from cake_core.stages import LocalStage
 from cake_core.topology import compress
 
@@ -29,13 +29,10 @@ class Host(Protocol):
     """What a guest needs of its worker."""
 
     name: str
-    info: ModelInfo
-    stages: list[LocalStage]
-    components: dict[str, Component]
-    component_lock: threading.Lock
 
     @property
-    def spans(self) -> list[tuple[str, ...]]: ...
+    def serving(self) -> Serving | None:
+        """What is loaded now."""
 
     def report(self) -> dict[str, Any]: ...
 
@@ -50,7 +47,7 @@ class Guest:
 
     def __init__(self, worker: Host) -> None:
         self._worker = worker
-        self._attached = False
+        self._serving: Serving | None = None
         self.sessions: dict[tuple[int, int], int] = {}
         self._constants: dict[int, dict[bytes, Tensor]] = {}
         self._constant_bytes = 0
@@ -99,11 +96,13 @@ class Guest:
                 raise StageError(f"a worker does not serve {message.type.name}")
 
     def _attach(self, fields: Mapping[str, Any]) -> None:
-        worker = self._worker
-        asked, served = fields["stages"], [list(span) for span in worker.spans]
-        if fields["model_type"] != worker.info.model_type:
+        worker, serving = self._worker, self._worker.serving
+        if serving is None:
+            raise NodeMismatch(f"{worker.name} has no layers yet; let a master assign some, or start it with --model")
+        asked, served = fields["stages"], [list(span) for span in serving.spans]
+        if fields["model_type"] != serving.info.model_type:
             raise NodeMismatch(
-                f"{worker.name} serves a {worker.info.model_type} model ({worker.info.name}), the master asks for a "
+                f"{worker.name} serves a {serving.info.model_type} model ({serving.info.name}), the master asks for a "
                 f"{fields['model_type']} model; start the worker with the master's --model"
             )
         if asked != served:
@@ -111,14 +110,18 @@ class Guest:
                 f"{worker.name} serves {_listed(served)}, the master's topology says {_listed(asked)}; "
                 "give both the same topology and restart the worker"
             )
-        self._attached = True
+        self._serving = serving
+
+    def _held(self) -> Serving:
+        if self._serving is None:
+            raise StageError("attach first")
+        return self._serving
 
     def _stage(self, message: Message) -> LocalStage:
-        if not self._attached:
-            raise StageError("attach first")
-        if message.stage >= len(self._worker.stages):
+        stages = self._held().stages
+        if message.stage >= len(stages):
             raise StageError(f"{self._worker.name} has no stage {message.stage}")
-        return self._worker.stages[message.stage]
+        return stages[message.stage]
 
     def _session(self, message: Message) -> int:
         return self._own(message.stage, message.fields["session"])
@@ -151,14 +154,14 @@ class Guest:
         pending.when_done(lambda done: _reply(link, message, done))
 
     def _call(self, link: Link, message: Message, body: memoryview) -> None:
-        fields = message.fields
-        component = self._worker.components.get(fields["layer"])
-        if not self._attached or component is None:
+        fields, serving = message.fields, self._held()
+        component = serving.components.get(fields["layer"])
+        if component is None:
             raise StageError(f"{self._worker.name} does not serve {fields['layer']!r}")
         fresh, tensors = split_buffers(message, body, [entry[0] for entry in fields["constants"]])
         constants = self._remember(fields["image"], fields["ids"], fresh)
         began = time.perf_counter()
-        with self._worker.component_lock:
+        with serving.component_lock:
             result = component.call(fields["method"], fields["image"], tensors, fields["scalars"], constants)
         listed, buffers = tensor_fields(result)
         answer = {"tensors": listed, "seconds": time.perf_counter() - began}
@@ -182,19 +185,24 @@ class Guest:
     def _release_image(self, image: int, layer: str) -> None:
         kept = self._constants.pop(image, {})
         self._constant_bytes -= sum(tensor.nbytes for tensor in kept.values())
-        component = self._worker.components.get(layer)
+        serving = self._held()
+        component = serving.components.get(layer)
         if component is not None:
-            with self._worker.component_lock:
+            with serving.component_lock:
                 component.close(image)
 
     def release(self) -> None:
-        """Frees everything the master left behind."""
+        """Frees everything the master left behind; it may attach again afterwards."""
+        serving = self._serving
+        if serving is None:
+            return
         for (stage, _), own in self.sessions.items():
-            self._worker.stages[stage].close(own)
+            serving.stages[stage].close(own)
         self.sessions.clear()
         for image in list(self._constants):
-            for layer in self._worker.components:
+            for layer in serving.components:
                 self._release_image(image, layer)
+        self._serving = None
 
 
 def _reply(link: Link, request: Message, done: Pending) -> None:

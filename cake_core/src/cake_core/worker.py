@@ -10,38 +10,41 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from cake_core import __version__
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CakeError, ConfigError, TransportError
 from cake_core.guest import Guest
 from cake_core.link import Link, LinkTiming
-from cake_core.model import Component, ImageBackend, LoadOptions, ModelInfo, TextBackend
-from cake_core.placement import Placement
+from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.protocol import Type
-from cake_core.stages import LocalStage
+from cake_core.serving import LayerProgress, Serving, ServingSpec
 from cake_core.topology import Topology
 from cake_core.transport import Channel
 
 log = logging.getLogger(__name__)
 
-LayerProgress = Callable[[str, int, int], None]
-"""`progress(layers, done, total)` in bytes."""
-
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker serves: the layers that `topology` gives to the node `name`, or `layers` when given."""
+    """A worker that serves the layers that `topology` gives to the node `name`."""
 
     checkpoint: Checkpoint
     topology: Topology
     name: str
     options: LoadOptions = field(default_factory=LoadOptions)
     model_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BareSpec:
+    """A worker that brings no model: masters assign its layers. `options` says which device it computes on, and how."""
+
+    name: str
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 class ChannelSource(Protocol):
@@ -53,49 +56,23 @@ class ChannelSource(Protocol):
 
 
 class Worker:
-    """Load it, then give it a gate to serve."""
+    """Load it, then give it a gate to serve. One made for a BareSpec waits for a master to assign layers."""
 
-    def __init__(self, plugins: Plugins, spec: WorkerSpec, timing: LinkTiming | None = None) -> None:
-        node = spec.topology.node(spec.name)
+    def __init__(self, plugins: Plugins, spec: WorkerSpec | BareSpec, timing: LinkTiming | None = None) -> None:
         self.name = spec.name
-        self.backend = plugins.backend_for(spec.checkpoint, spec.model_type)
-        self.info: ModelInfo = self.backend.describe(spec.checkpoint, spec.options)
-        self.placement: Placement = plugins.plan(self.info, spec.topology)
-        self.layers = self.placement.layers_of(spec.name)
-        if not self.layers:
-            raise ConfigError(f"node {node.name!r} has no layers in {spec.topology.source or 'the topology'}; give it some")
-        self.stages: list[LocalStage] = []
-        self.components: dict[str, Component] = {}
-        self.component_lock = threading.Lock()
-        self.fingerprints: dict[str, str] = {}
-        self._spec = spec
+        self.serving: Serving | None = _planned(plugins, spec) if isinstance(spec, WorkerSpec) else None
         self._timing = timing
         self._guests: set[Guest] = set()
         self._lock = threading.Lock()
         self._draining = False
         self._gate: ChannelSource | None = None
 
-    @property
-    def spans(self) -> list[tuple[str, ...]]:
-        """Layers of each stage, or of each component."""
-        return [span.layers for span in self.placement.spans if self.name in span.nodes]
-
-    def load(self, progress: LayerProgress | None = None) -> None:
-        """Loads the layers. Raises CapacityError before loading when they do not fit."""
-        spec = self._spec
-        tensors = spec.checkpoint.tensors
-        for name in self.layers:
-            held = [tensor for tensor in self.info.layer(name).tensors if tensor in tensors]
-            self.fingerprints[name] = spec.checkpoint.fingerprint(held)[:32]
-        for layers in self.spans:
-            report = None if progress is None else _bind(progress, ", ".join(layers))
-            if self.info.model_type == "text":
-                text = cast("TextBackend", self.backend)
-                stage = text.load(spec.checkpoint, self.info, layers, spec.options, report)
-                self.stages.append(LocalStage(self.name, stage))
-            else:
-                image = cast("ImageBackend", self.backend)
-                self.components[layers[0]] = image.load(spec.checkpoint, self.info, layers[0], spec.options, report)
+    def load(self, progress: LayerProgress | None = None) -> Serving:
+        """Loads the layers that the topology gives. Raises CapacityError before loading when they do not fit."""
+        if self.serving is None:
+            raise ConfigError(f"{self.name} has no layers to load before a master assigns some")
+        self.serving.load(progress)
+        return self.serving
 
     def serve(self, gate: ChannelSource) -> None:
         """Serves every master that comes through the gate, until `shutdown`."""
@@ -148,19 +125,17 @@ class Worker:
         for guest in guests:
             guest.link.close()
             guest.link.join()
-        for stage in self.stages:
-            stage.shutdown()
-        for component in self.components.values():
-            component.shutdown()
+        if self.serving is not None:
+            self.serving.shutdown()
 
     def report(self) -> dict[str, Any]:
         """What an ATTACHED or REPORT says of this worker."""
-        parts: list[LocalStage] | list[Component] = self.stages or list(self.components.values())
+        held = (
+            {"model": "", "identity": {}, "fingerprints": {}, "memory": []} if self.serving is None else self.serving.report()
+        )
         return {
             "name": self.name,
-            "identity": dict(self.info.identity),
-            "fingerprints": self.fingerprints,
-            "memory": [asdict(part.memory()) for part in parts],
+            **(nothing if self.serving is None else self.serving.report()),
             "platform": {
                 "version": __version__,
                 "system": platform.system(),
@@ -170,5 +145,12 @@ class Worker:
         }
 
 
-def _bind(progress: LayerProgress, layers: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(layers, done, total)
+def _planned(plugins: Plugins, spec: WorkerSpec) -> Serving:
+    """What the topology gives to the node, described and not yet loaded."""
+    node = spec.topology.node(spec.name)
+    backend = plugins.backend_for(spec.checkpoint, spec.model_type)
+    placement = plugins.plan(backend.describe(spec.checkpoint, spec.options), spec.topology)
+    if not placement.layers_of(spec.name):
+        raise ConfigError(f"node {node.name!r} has no layers in {spec.topology.source or 'the topology'}; give it some")
+    spans = tuple(span.layers for span in placement.spans if spec.name in span.nodes)
+    return Serving(plugins, ServingSpec(spec.checkpoint, spec.name, spans, spec.options, spec.model_type))

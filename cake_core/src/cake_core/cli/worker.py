@@ -99,12 +99,12 @@ def load(served: Worker) -> None:
 
     start = time.monotonic()
     with Bars("loading") as bars:
-        served.load(loading(bars))
-    held = [stage.memory() for stage in served.stages] + [part.memory() for part in served.components.values()]
-    for layers, memory in zip(served.spans, held, strict=True):
+        serving = served.load(loading(bars))
+    held = [stage.memory() for stage in serving.stages] + [part.memory() for part in serving.components.values()]
+    for layers, memory in zip(serving.spans, held, strict=True):
         click.echo(f"{', '.join(compress(layers))}: {human_bytes(memory.weights)} on {memory.device} as {memory.dtype}")
     total, took = sum(memory.weights for memory in held), human_seconds(time.monotonic() - start)
-    click.echo(f"worker {served.name!r} loaded {human_bytes(total)} of {served.info.name} in {took}")
+    click.echo(f"worker {served.name!r} loaded {human_bytes(total)} of {serving.info.name} in {took}")
 
 
 class Stop:
