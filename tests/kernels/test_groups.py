@@ -21,6 +21,9 @@ def test_group_wise_product_and_rows(isa: str, kind: str, rows: int, cols: int, 
     spread = np.repeat(np.arange(heads), group)[:cols]
     w = (codes.astype(np.float64) - zeros[:, spread]) * scales[:, spread].astype(np.float64)
     weights = Weights(kind, aligned(kernels.packed_bytes(kind, rows, cols, group)), rows, cols, group)
+    if kind == "G4":
+        halves = codes.reshape(rows, -1, 2, 16)
+        codes = np.ascontiguousarray(halves[:, :, 0] | halves[:, :, 1] << 4)
     with kernels.Pool(2) as pool:
         pool.pack_groups(weights.matrix, address(codes), address(scales), address(zeros))
     out, ids = np.empty((rows, cols), np.float32), np.arange(rows, dtype=np.int32)

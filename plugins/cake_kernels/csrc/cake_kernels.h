@@ -13,7 +13,7 @@
 #define CAKE_API __attribute__((visibility("default")))
 #endif
 
-#define CAKE_ABI 2
+#define CAKE_ABI 3
 
 /* Numbers of GGUF where GGUF has the type. */
 enum cake_type {
@@ -59,7 +59,8 @@ CAKE_API int64_t cake_packed_bytes(int32_t type, int32_t rows, int32_t cols, int
 /* GGUF blocks, row after row, into `out` (64-byte aligned). Packed row i is source row order[i]; NULL: in order. */
 CAKE_API int32_t cake_pack(cake_pool *pool, int32_t type, int32_t rows, int32_t cols, const void *blocks, const int32_t *order,
                            void *out);
-/* Group-wise weights: codes u8 [rows, cols] (0..15 or 0..255), scales f16 and zeros u8 [rows, ceil(cols / group)]. */
+/* Group-wise weights: codes u8 [rows, cols], or in 4 bit [rows, cols / 2] with the nibbles of 32 columns as GGUF has them; scales
+   f16 and zeros u8 [rows, ceil(cols / group)]. */
 CAKE_API int32_t cake_pack_groups(cake_pool *pool, const cake_matrix *shape, const uint8_t *codes, const uint16_t *scales,
                                   const uint8_t *zeros, void *out);
 /* out[i] = row ids[i] of the matrix, in f32. -1 when an id is out of range. */

@@ -137,9 +137,12 @@ static void pack_group_row(const pack_job *job, int32_t source, int lane, uint8_
   const int32_t cols = job->w.cols, units = units_of(cols), heads = (units + l.per_head - 1) / l.per_head;
   const int is8 = job->w.type == CAKE_G8;
   for (int32_t i = 0; i < units; i++) {
-    uint8_t codes[UNIT], *own, *head = head_at(l, units, i, group, &own);
-    for (int k = 0; k < UNIT; k++) codes[k] = job->codes[(int64_t)source * cols + i * UNIT + k] ^ (is8 ? 0x80 : 0);
-    write_codes(l.code_bytes, codes, lane, group + (int64_t)i * l.code_bytes);
+    unit_codes u;
+    uint8_t *own, *head = head_at(l, units, i, group, &own);
+    const uint8_t *given = job->codes + ((int64_t)source * cols + i * UNIT) / (is8 ? 1 : 2);
+    if (is8) for (int k = 0; k < UNIT; k++) u.codes[k] = given[k] ^ 0x80;
+    else nibbles(given, &u);
+    write_codes(l.code_bytes, u.codes, lane, group + (int64_t)i * l.code_bytes);
     int64_t at = (int64_t)source * heads + i / l.per_head;
     memcpy(head + 2 * lane, &job->scales[at], 2);
     head[32 + lane] = job->zeros[at] ^ (is8 ? 0x80 : 0);

@@ -109,7 +109,9 @@ class Pool:
             raise KernelError("these blocks cannot be packed")
 
     def pack_groups(self, matrix: Matrix, codes: int, scales: int, zeros: int) -> None:
-        """Packs codes u8 [rows, cols] with scales f16 and zeros u8 [rows, groups] into `matrix.data`."""
+        """Packs codes with scales f16 and zeros u8 [rows, groups] into `matrix.data`.
+
+        8-bit codes are u8 [rows, cols]; 4-bit ones [rows, cols / 2], byte j of each 32 columns holding j (low) and 16 + j."""
         if _library.cake_pack_groups(self._pool, byref(matrix), codes, scales, zeros, matrix.data):
             raise KernelError("these groups cannot be packed")
 

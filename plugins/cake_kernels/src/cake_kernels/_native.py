@@ -11,7 +11,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).with_name("cake_kernels.dll" if os.name == "nt" else "libcake_kernels.so")
 
 

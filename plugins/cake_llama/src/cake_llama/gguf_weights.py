@@ -12,13 +12,13 @@ import torch
 
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.gguf_header import TYPES
-from cake_llama.cpu.blocks import Blocks
 from cake_llama.dequant import SERVED, dequantize
 from cake_llama.gguf_names import hf_name
+from cake_llama.packed import Blocks
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint, TensorInfo
-    from cake_llama.cpu.blocks import Rows
+    from cake_llama.packed import Packed
 
 CHUNK_VALUES = 1 << 22
 """Values dequantised at a time: what a load needs beside the weights themselves stays below 64 MB."""
@@ -69,7 +69,7 @@ class GgufWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         """Rows of a matrix as blocks, in the order of the Hugging Face weights."""
         tensor = self._find(name)
         count, cols = tensor.shape

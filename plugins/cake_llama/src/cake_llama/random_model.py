@@ -17,7 +17,7 @@ from cake_core.requests import Message, SamplingDefaults
 if TYPE_CHECKING:
     import torch
 
-    from cake_llama.cpu.blocks import Rows
+    from cake_llama.packed import Packed
 
 PREFIX = "random:"
 
@@ -121,10 +121,10 @@ class RandomWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         import torch
 
-        from cake_llama.cpu.blocks import stored
+        from cake_llama.packed import stored
 
         return stored(self.load(name, torch.bfloat16)[start:stop])
 

@@ -10,7 +10,7 @@ import torch
 
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
-from cake_llama.cpu.blocks import PLAIN, Rows, stored
+from cake_llama.packed import PLAIN, Packed, stored
 from cake_llama.random_model import RandomCheckpoint, RandomWeights
 from cake_llama.wire import bytes_of
 
@@ -35,7 +35,7 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         """Rows start .. stop - 1 of a matrix at the width of the file, on the CPU."""
 
 
@@ -63,7 +63,7 @@ class SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[0].shape
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         info, kept = self._find(name)
         first, *rest = info.shape
         count = (first if stop is None else stop) - start

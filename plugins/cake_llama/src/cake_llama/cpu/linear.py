@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cake_kernels
-from cake_llama.cpu.blocks import Blocks, Groups, Rows
+from cake_llama.packed import Blocks, Groups, Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Packing:
         memory = _aligned(cake_kernels.packed_bytes(kind, rows, cols, group))
         self.weight = Weight(cake_kernels.Matrix(memory.data_ptr(), cake_kernels.TYPES[kind], rows, cols, group), memory)
 
-    def put(self, start: int, rows: Rows) -> None:
+    def put(self, start: int, rows: Packed) -> None:
         """Rows from `start` on; all but the last piece hold a multiple of PIECE_ROWS of them."""
         count = rows.shape[0]
         before = cake_kernels.packed_bytes(self._kind, start, self._cols, self._group) if start else 0

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cake_core.errors import ConfigError
 from cake_llama.config import ModelConfig
-from cake_llama.cpu.blocks import BlockEmbedding, BlockLinear, Blocks, Rows, stored
 from cake_llama.cpu.quantize import GROUP, quantized
+from cake_llama.cpu.tiled import TiledEmbedding, TiledLinear
 from cake_llama.model import Dtypes, Embedding, Loader, Parts, Project
 from cake_llama.names import EMBED, HEAD
+from cake_llama.packed import Blocks, Packed, stored
 from cake_llama.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -56,24 +57,24 @@ class FileWidthLoader(Loader):
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:
         rows = tuple(self._rows(f"{name}.weight") for name in names)
         self._moved(sum(part.nbytes for part in rows))
-        return BlockLinear(rows, self._biases(names) if bias else None)
+        return TiledLinear(rows, self._biases(names) if bias else None)
 
     def embedding(self) -> Embedding:
         rows = self._rows(f"{EMBED}.weight")
         self._moved(rows.nbytes)
-        return BlockEmbedding(rows)
+        return TiledEmbedding(rows)
 
     def head(self, shared: Embedding | None) -> Project:
         if not self._config.tied:
             return self.linear([HEAD])
-        rows = shared.rows if isinstance(shared, BlockEmbedding) else self._rows(f"{EMBED}.weight")
-        return BlockLinear((rows,), None)
+        rows = shared.table if isinstance(shared, TiledEmbedding) else self._rows(f"{EMBED}.weight")
+        return TiledLinear((rows,), None)
 
     def finish(self, parts: Parts, cache: KvCache) -> Parts:
         """The parts once the cache is there, which a decoder writes into."""
         return parts
 
-    def _rows(self, name: str) -> Rows:
+    def _rows(self, name: str) -> Packed:
         return self._source.rows(name) if self._keep is None else stored(self._source.load(name, self._keep))
 
     def _biases(self, names: Sequence[str]) -> Tensor:
@@ -167,13 +168,13 @@ class NativeLoader(FileWidthLoader):
             self._moved(piece.nbytes)
         return packing.weight
 
-    def _treated(self, name: str, start: int, stop: int) -> Rows:
+    def _treated(self, name: str, start: int, stop: int) -> Packed:
         """Rows as they will be multiplied. The embedding and the head are not narrowed below 8 bit."""
         rows = self._source.rows(name, start, stop)
         if self._quantize is None:
             return rows
         whole = name.startswith((f"{EMBED}.", f"{HEAD}."))
-        return quantized(rows.dequantized(0, stop - start), "int8" if whole else self._quantize)
+        return quantized(rows.dequantized(), "int8" if whole else self._quantize)
 
     def _widened(self, name: str, kind: str, start: int, stop: int | None) -> Weight:
         from cake_llama.cpu.linear import plain_weight

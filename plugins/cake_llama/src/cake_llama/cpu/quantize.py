@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cake_llama.cpu.blocks import Blocks, Groups, Rows
+from cake_llama.packed import Blocks, Groups, Packed, pack_nibbles
 
 GROUP = 32
 """Columns that share a scale, which is also the width of a block of 8-bit activations."""
@@ -14,7 +14,7 @@ SHRINKS = tuple(1.0 - 0.02 * step for step in range(16))
 """Ranges tried for 4 bit, as shares of the group's own: a narrower one clips the extremes and rounds all others finer."""
 
 
-def quantized(rows: Tensor, kind: str) -> Rows:
+def quantized(rows: Tensor, kind: str) -> Packed:
     """f32 [rows, cols] (a multiple of GROUP) as `int8` or `int4`."""
     return _int8(rows) if kind == "int8" else _int4(rows)
 
@@ -43,10 +43,8 @@ def _int4(rows: Tensor) -> Groups:
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-    codes = (grouped / _divisor(scales) + zeros).round().clamp(0, 15).to(torch.uint8)
-    return Groups(
-        "G4", codes.view(count, cols), scales.view(count, -1).to(torch.float16), zeros.view(count, -1).to(torch.uint8), GROUP
-    )
+    codes = pack_nibbles((grouped / _divisor(scales) + zeros).round().clamp(0, 15).to(torch.uint8).view(count, cols))
+    return Groups("G4", codes, scales.view(count, -1).to(torch.float16), zeros.view(count, -1).to(torch.uint8), GROUP)
 
 
 def _divisor(scales: Tensor) -> Tensor:
