@@ -12,7 +12,8 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "model requests events checkpoint transport topology png formats config",
-        "placement profiles planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate security units",
+        "placement profiles planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate"
+        " security units",
         "hookspecs builtin plugins resolve models hub split",
         "connect link stages serving guest worker cluster engine runtime",
         "bench",

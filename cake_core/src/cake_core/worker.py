@@ -130,9 +130,7 @@ class Worker:
 
     def report(self) -> dict[str, Any]:
         """What an ATTACHED or REPORT says of this worker."""
-        held = (
-            {"model": "", "identity": {}, "fingerprints": {}, "memory": []} if self.serving is None else self.serving.report()
-        )
+        nothing: dict[str, Any] = {"model": "", "identity": {}, "fingerprints": {}, "memory": []}
         return {
             "name": self.name,
             **(nothing if self.serving is None else self.serving.report()),
