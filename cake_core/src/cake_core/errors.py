@@ -13,6 +13,7 @@
     +-- CapacityError               weights or KV cache do not fit; the queue is full (HTTP 503 or 429)
     |   +-- QueueFullError
     +-- StageError                  a stage failed at a batch it was given (HTTP 500)
+    |   +-- RewindError             a stage cannot go back to where a row begins
     +-- NodeError                   a node cannot serve, named with its address (HTTP 503)
     |   +-- NodeUnreachable         nobody answers at the address
     |   +-- NodeLost                it was there and is gone
@@ -84,6 +85,10 @@ class QueueFullError(CapacityError):
 
 class StageError(CakeError):
     code = "stage_error"
+
+
+class RewindError(StageError):
+    code = "rewind_error"
 
 
 class NodeError(CakeError):

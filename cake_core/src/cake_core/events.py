@@ -22,11 +22,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted for one request. `cached_tokens` of the prompt came from the prefix cache."""
+    """Tokens counted for one request. `cached_tokens` of the prompt came from the prefix cache. `proposed` tokens of the
+    answer were guessed and forwarded before they were drawn; `accepted` of them were drawn."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cake_core.codec import spec_from_fields
 from cake_core.errors import CakeError, NodeMismatch, StageError, TransportError
 from cake_core.link import Link
-from cake_core.model import Batch, Pending, Row, Tensor
+from cake_core.model import Batch, Pending, Tensor
 from cake_core.protocol import Message, Type, split_buffers, tensor_fields
 from cake_core.serving import Serving
 from cake_core.stages import LocalStage
@@ -149,7 +150,7 @@ class Guest:
 
     def _forward(self, link: Link, message: Message, body: memoryview) -> None:
         stage = self._stage(message)
-        rows = tuple(Row(self._own(message.stage, row.session), row.position, row.length, row.want) for row in message.rows)
+        rows = tuple(replace(row, session=self._own(message.stage, row.session)) for row in message.rows)
         pending = stage.submit(Batch(rows, message.tensors(body)))
         pending.when_done(lambda done: _reply(link, message, done))
 

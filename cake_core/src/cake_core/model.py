@@ -202,12 +202,17 @@ SAMPLE = Want(sample=1)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One session's share of a batch: positions `position` .. `position + length - 1`."""
+    """One session's share of a batch: positions `position` .. `position + length - 1`.
+
+    `rewind`: the session may be further than `position`, by guesses that were wrong, and goes back there first. It is done
+    by `stages.LocalStage` with the backend's `truncate`; a backend never sees it.
+    """
 
     session: int
     position: int
     length: int
     want: Want = NOTHING
+    rewind: bool = False
 
 
 SAMPLED = -1

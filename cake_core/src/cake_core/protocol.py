@@ -5,7 +5,8 @@ control messages, a small CBOR map without tags, or, for batches, fixed binary r
 is the raw bytes of the tensors the header lists, one after another. Everything is little-endian.
 
     prefix   type u8 | stage u8 | rows u16 | request u32 | step u64
-    row      session u64 | position u32 | length u32 | sample u16 | top i16 | score_top u16 | flags u16 (1 score, 2 hidden)
+    row      session u64 | position u32 | length u32 | sample u16 | top i16 | score_top u16 | flags u16
+    flags    1 score | 2 hidden | 4 rewind
     tensor   name u8 | dtype u8 | dimensions u16 | each dimension u32
 
 Nothing is allocated before the declared sizes have been checked against one another and against the limits.
@@ -145,7 +146,7 @@ def encode_batch(kind: Type, request: int, batch: Batch, stage: int = 0, step: i
     parts = [_PREFIX.pack(kind, stage, len(batch.rows), request, step)]
     for row in batch.rows:
         want = row.want
-        flags = want.score | want.hidden << 1
+        flags = want.score | want.hidden << 1 | row.rewind << 2
         parts.append(_ROW.pack(row.session, row.position, row.length, want.sample, want.top, want.score_top, flags))
     buffers: list[Buffer] = []
     for name, tensor in batch.tensors.items():
@@ -192,10 +193,10 @@ def _decode_batch(kind: Type, header: bytes, count: int) -> tuple[tuple[Row, ...
         for _ in range(count):
             session, position, length, sample, top, score_top, flags = _ROW.unpack_from(header, offset)
             offset += _ROW.size
-            if sample > length or top < -1 or flags > 3:
+            if sample > length or top < -1 or flags > 7:
                 raise ProtocolError("a row that wants more than it has")
             want = Want(sample, top, bool(flags & 1), score_top, bool(flags & 2))
-            rows.append(Row(session, position, length, want))
+            rows.append(Row(session, position, length, want, bool(flags & 4)))
         while offset < len(header):
             name, dtype, dimensions = _TENSOR.unpack_from(header, offset)
             offset += _TENSOR.size

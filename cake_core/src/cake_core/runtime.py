@@ -10,9 +10,13 @@ from typing import Any, cast
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.cluster import Dial, Expectation, NodeStatus, RemoteNode, describe_missing
+from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
+from cake_core.engine.limits import fitting_limits
 from cake_core.engine.pipeline import Pipeline
 from cake_core.engine.scheduler import Limits
+from cake_core.engine.speculation import Speculation
+from cake_core.engine.speculator import Speculator
 from cake_core.engine.text import TextEngine
 from cake_core.errors import CakeError, ConfigError, NodeLost
 from cake_core.events import NodeEvent
@@ -25,9 +29,6 @@ from cake_core.topology import MASTER, Topology
 from cake_core.transport import Address, Channel
 
 log = logging.getLogger(__name__)
-
-CHUNK, GPU_CHUNK = 512, 2048
-"""Prompt positions a batch: what nobody else has to wait for longer than."""
 
 NodeProgress = Callable[[str, int, int], None]
 """`progress(what, done, total)` in bytes."""
@@ -42,6 +43,7 @@ class RunSpec:
         joined: `joined(name, timeout)` the same for a worker without a host, which dials the master.
         wait: seconds to wait for workers at the start. rejoin: seconds a running request waits for a lost worker.
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.
+        speculation: how tokens are guessed, None for not at all. draft: a model to guess with, loaded on this node.
         limits: None for what fits the placement.
     """
 
@@ -53,6 +55,8 @@ class RunSpec:
     wait: float = 0.0
     rejoin: float = 30.0
     wire_dtype: str = ""
+    speculation: Speculation | None = None
+    draft: Checkpoint | None = None
     limits: Limits | None = None
     timing: LinkTiming | None = None
     progress: NodeProgress | None = None
@@ -219,7 +223,11 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
                 stages.append(RemoteStage(nodes[span.node], index, span.layers))
         tokenizer = backend.tokenizer(spec.checkpoint)
         pipeline = Pipeline(stages, spec.wire_dtype)
-        engine = TextEngine(info, tokenizer, pipeline, spec.limits or _limits(stages), nodes)
+        speculator = Speculator(spec.speculation) if spec.speculation else None
+        if speculator is not None and spec.draft is not None:
+            speculator.drafter = load_drafter(plugins, spec.draft, spec.options, tokenizer)
+            local.append(speculator.drafter.stage)
+        engine = TextEngine(info, tokenizer, pipeline, spec.limits or fitting_limits(stages), nodes, speculator)
     except BaseException:
         nodes.close()
         for stage in local:
@@ -227,14 +235,6 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
         raise
     nodes.listen(engine.wake)
     return TextRuntime(info, placement, tokenizer, engine, pipeline, nodes, local)
-
-
-def _limits(stages: Sequence[Stage]) -> Limits:
-    """As many batches in flight as there are workers; larger prompt chunks where every stage is on a GPU, which a small one
-    leaves idle."""
-    remote = sum(isinstance(stage, RemoteStage) for stage in stages)
-    fast = all(stage.memory().device.startswith("cuda") for stage in stages)
-    return Limits(depth=max(1, remote), chunk=GPU_CHUNK if fast else CHUNK)
 
 
 def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:

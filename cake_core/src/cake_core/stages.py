@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from cake_core.codec import spec_to_fields
-from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, StageError
+from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, RewindError, StageError
 from cake_core.link import Link
 from cake_core.model import Batch, Buffer, Component, Memory, Pending, SessionSpec, Tensor, TextStage
 from cake_core.protocol import Message, Type, tensor_fields
@@ -51,12 +51,18 @@ class LocalStage:
     def submit(self, batch: Batch) -> Pending:
         try:
             with self._lock:
+                self._rewind(batch)
                 return self._stage.submit(batch)
         except CakeError as error:
             return _failed(error)
         except Exception as error:
             # A backend's bug ends the requests of this batch, not the thread that carries everybody's.
             return _failed(StageError(f"{self.node}: {type(error).__name__}: {error}"))
+
+    def _rewind(self, batch: Batch) -> None:
+        for row in batch.rows:
+            if row.rewind and (kept := self._stage.truncate(row.session, row.position)) != row.position:
+                raise RewindError(f"{self.node} went back to position {kept} instead of {row.position}; compute it again")
 
     def truncate(self, session: int, length: int) -> int:
         with self._lock:
@@ -115,10 +121,11 @@ class RemoteStage:
         self.runs_ahead = False
         self._peer = peer
         self._index = index
+        self._opened_over: dict[int, Link] = {}
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         fields = {"session": session, "spec": spec_to_fields(spec), "parent": parent, "length": length}
-        link = self._peer.link()
+        link = self._opened_over[session] = self._peer.link()
         if parent is None:
             link.tell(Type.OPEN, fields, self._index)
             return 0
@@ -127,9 +134,13 @@ class RemoteStage:
 
     def submit(self, batch: Batch) -> Pending:
         try:
-            return self._peer.link().forward(self._index, batch)
+            link = self._peer.link()
         except CakeError as error:
             return _failed(error)
+        if any(self._opened_over.get(row.session) is not link for row in batch.rows):
+            # It was under way on another stage while this node was lost and came back, which took the session with it.
+            return _failed(NodeLost(f"{self.node} was lost and is back without the sessions it had", self.node))
+        return link.forward(self._index, batch)
 
     def truncate(self, session: int, length: int) -> int:
         fields = {"session": session, "length": length}
@@ -137,6 +148,7 @@ class RemoteStage:
         return int(message.fields["length"])
 
     def close(self, session: int) -> None:
+        self._opened_over.pop(session, None)
         try:
             self._peer.link().tell(Type.CLOSE, {"session": session}, self._index)
         except NodeError:

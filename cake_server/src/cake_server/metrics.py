@@ -79,6 +79,8 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily("cake_preemptions", "Sequences sent back to the queue for want of KV.", stats.preemptions)
             yield CounterMetricFamily("cake_positions", "Positions forwarded.", stats.positions)
             yield CounterMetricFamily("cake_batches", "Batches forwarded; positions over batches is their size.", stats.batches)
+            yield CounterMetricFamily("cake_guessed_tokens", "Tokens guessed and forwarded.", stats.proposed)
+            yield CounterMetricFamily("cake_accepted_tokens", "Guessed tokens that were right.", stats.accepted)
         elif isinstance(runtime, ImageRuntime):
             yield GaugeMetricFamily("cake_requests_running", "Image jobs under way.", int(runtime.engine.running))
             yield GaugeMetricFamily("cake_requests_waiting", "Image jobs in the queue.", runtime.engine.waiting)

@@ -32,7 +32,7 @@ def bench_group(cli: click.Group) -> click.Group:
 @option(LOAD, "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the best token.")
 @option(LOAD, "--random-weights", metavar="SHAPE", help="Random weights in the shape of llama-3-8b, llama-3-70b, ...")
 @option(LOAD, "--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@model_options("model", "topology", "load", "key", "cluster")
+@model_options("model", "topology", "load", "key", "cluster", "guessing")
 def bench_text(flags: ModelFlags, random_weights: str | None, as_json: bool, **load: Any) -> None:
     """Measure text generation: time to first token, time per token, tokens a second.
 

@@ -35,7 +35,7 @@ SETTABLE = {"temperature": float, "top_k": int, "top_p": float, "min_p": float, 
 @click.command(cls=SectionedCommand)
 @option(TEXT, "--seed", type=int, metavar="N", help="Seed of every draw.  [default: a random one]")
 @text_options
-@model_options("model", "topology", "load", "key", "cluster")
+@model_options("model", "topology", "load", "key", "cluster", "guessing")
 def chat(seed: int | None, flags: ModelFlags, text: TextFlags) -> None:
     """Talk with a model; it remembers the conversation."""
     from cake_core.cli.opening import model_type_of, opened_text

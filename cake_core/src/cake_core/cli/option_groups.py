@@ -14,7 +14,7 @@ MODEL_TYPES = {"text": "text", "image": "image", "text-model": "text", "image-mo
 
 SD_VERSIONS = ("v1-5", "v2-1", "xl", "turbo")
 
-MODEL, LOADING, CLUSTER, IMAGES = "Model", "Loading", "Cluster", "Image models"
+MODEL, LOADING, CLUSTER, GUESSING, IMAGES = "Model", "Loading", "Cluster", "Speculation", "Image models"
 
 GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
     "model": (
@@ -42,6 +42,13 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
         option(CLUSTER, "--wire-dtype", default="auto", metavar="D", help="Dtype of activations on the network."),
+    ),
+    "guessing": (
+        option(
+            GUESSING, "--speculate", default="auto", metavar="auto|off|lookup|N", show_default=True,
+            help="Guess tokens from the text: where it pays, never, also on a GPU alone, or at most N a step.",
+        ),
+        option(GUESSING, "--draft", metavar="M", help="A small model of the same family to guess with, on this machine."),
     ),
     "image": (
         option(IMAGES, "--sd-version", type=click.Choice(SD_VERSIONS), help="Which Stable Diffusion to take from the hub."),

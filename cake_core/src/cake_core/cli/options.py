@@ -19,6 +19,7 @@ from cake_core.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
     from cake_core.connect import Connector, Keyring
+    from cake_core.engine.speculation import Speculation
     from cake_core.keys import ClusterKey
     from cake_core.model import LoadOptions
     from cake_core.plugins import Plugins
@@ -56,6 +57,8 @@ class ModelFlags:
     wait: float = 10.0
     rejoin_timeout: float = 30.0
     wire_dtype: str = "auto"
+    speculate: str = "auto"
+    draft: str | None = None
     sd: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -134,8 +137,24 @@ class ModelFlags:
             wait=self.wait,
             rejoin=self.rejoin_timeout,
             wire_dtype="" if self.wire_dtype == "auto" else self.wire_dtype,
+            speculation=self.speculation(),
+            draft=None if self.draft is None else plugins.resolve(self.draft),
             progress=progress,
         )
+
+    def speculation(self) -> Speculation | None:
+        """Raises ConfigError for what --speculate does not take."""
+        from cake_core.engine.speculation import MOST, Speculation
+
+        if self.speculate == "off":
+            if self.draft is not None:
+                raise ConfigError("--draft guesses, which --speculate off forbids; leave one of them out")
+            return None
+        if self.speculate in ("auto", "lookup"):
+            return Speculation(MOST, everywhere=self.speculate == "lookup" or self.draft is not None)
+        if not self.speculate.isascii() or not self.speculate.isdigit() or not 1 <= int(self.speculate) <= 128:
+            raise ConfigError(f"--speculate is auto, off, lookup or a number from 1 to 128, not {self.speculate!r}")
+        return Speculation(int(self.speculate), everywhere=True)
 
     def keyring(self) -> Keyring:
         """The cluster key these options name; a key that is new is shown, because the other machines need it."""

@@ -19,7 +19,7 @@ from cake_core.errors import RequestError
 @option(TEXT, "--seed", "--sd-seed", "seed", type=int, metavar="N", help="Seed of every draw.  [default: a random one]")
 @text_options
 @image_options
-@model_options("model", "topology", "load", "key", "cluster", "image")
+@model_options("model", "topology", "load", "key", "cluster", "guessing", "image")
 def run(prompt: str | None, seed: int | None, flags: ModelFlags, text: TextFlags, painting: ImageFlags) -> None:
     """Generate once: text to stdout, or images to a file.
 

@@ -18,6 +18,7 @@ def _inputs(step: Step) -> dict[str, Tensor]:
         stop = row.position + row.length
         # What has not been drawn yet is taken where it will be.
         tokens += sequence.tokens[row.position : stop] or [SAMPLED]
+        tokens += sequence.guesses
         if row.want.score:
             known = [*sequence.tokens[row.position + 1 : min(stop + 1, sequence.prompt_length)]]
             targets += known + [-1] * (row.length - len(known))

@@ -18,7 +18,7 @@ from cake_core.engine.posts import Cancel, Completed, Post, Submit, Wake
 from cake_core.engine.results import apply_results
 from cake_core.engine.scheduler import Limits, Scheduler, Step
 from cake_core.engine.sequence import Sequence
-from cake_core.errors import CakeError, Cancelled, CapacityError, DeadlineExceeded, NodeError, TransportError
+from cake_core.errors import CakeError, Cancelled, CapacityError, DeadlineExceeded, NodeError, RewindError, TransportError
 from cake_core.events import PromptProgress
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Post] = queue.SimpleQueue()
         self._in_flight = 0
         self._degraded_since: float | None = None
+        self._completed_at = 0.0
         self._thread = threading.Thread(target=self._loop, name="cake-engine", daemon=True)
         self._thread.start()
 
@@ -171,6 +172,7 @@ class Loop:
         step.sequences, step.rows = [s for s, _ in alive], [r for _, r in alive]
         batch = batch_of(step)
         self._in_flight += 1
+        step.launched = time.monotonic()
         self.positions += batch.positions
         self.batches += 1
         self._pipeline.submit(batch, lambda result, error: self.post(Completed(step, result, error)))
@@ -178,6 +180,7 @@ class Loop:
     def _completed(self, post: Completed) -> list[Sequence]:
         self._in_flight -= 1
         step = post.step
+        self._observe(step, time.monotonic())
         for sequence, row in zip(step.sequences, step.rows, strict=True):
             sequence.in_flight -= 1
             sequence.drawing -= row.want.sample
@@ -197,6 +200,12 @@ class Loop:
             if sequence.ended and not sequence.in_flight:
                 self._scheduler.remove(sequence)
         return step.sequences
+
+    def _observe(self, step: Step, now: float) -> None:
+        """What a step cost: of several in flight only the time that it kept the next one waiting."""
+        if self._scheduler.speculator is not None:
+            self._scheduler.speculator.observe(step.positions, now - max(step.launched, self._completed_at))
+        self._completed_at = now
 
     def _after(self, sequence: Sequence) -> None:
         """Progress and ends that do not come with a token."""
@@ -219,18 +228,19 @@ class Loop:
         if isinstance(error, NodeError | TransportError) and not isinstance(error, DeadlineExceeded) and self._watch:
             log.warning("computing %d sequences again: %s", len(sequences), error)
             self._scheduler.forget_prefixes()
-            for sequence in sequences:
-                if sequence in self._scheduler.running:
-                    self._scheduler.requeue(sequence)
+            self._scheduler.requeue(*sequences)
             self._degraded_since = self._degraded_since or time.monotonic()
+            return
+        if isinstance(error, RewindError) and self._scheduler.speculator is not None:
+            log.warning("no more guesses: %s", error)
+            self._scheduler.speculator.off = True
+            self._scheduler.requeue(*sequences)
             return
         if isinstance(error, CapacityError):
             ledger = self._scheduler.ledger
             ledger.capacity = max(1, min(ledger.capacity or ledger.used, ledger.used) - 1)
             if len(self._scheduler.running) > 1:
-                for sequence in sequences:
-                    if sequence in self._scheduler.running:
-                        self._scheduler.requeue(sequence)
+                self._scheduler.requeue(*sequences)
                 return
         for sequence in sequences:
             self._end(sequence, error)
@@ -254,8 +264,7 @@ class Loop:
         if self._degraded_since is None:
             self._degraded_since = now
         self._scheduler.forget_prefixes()
-        for sequence in [s for s in self._scheduler.running if not s.in_flight]:
-            self._scheduler.requeue(sequence)
+        self._scheduler.requeue(*[s for s in self._scheduler.running if not s.in_flight])
         if self._expired(now):
             self._fail_all(missing)
         return False

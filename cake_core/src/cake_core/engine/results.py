@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from cake_core.engine.sequence import Sequence
 from cake_core.errors import ProtocolError
@@ -29,12 +30,20 @@ class RowResult:
                 sequence.scores.append(replace(score, token=sequence.tokens[len(sequence.scores)]))
         if self.hidden is not None:
             self._collect_hidden(sequence, self.hidden)
-        for token, logprob in zip(self.tokens, self.logprobs, strict=True):
+        before = len(sequence.tokens)
+        sequence.count_guesses(proposed=len(sequence.guesses))
+        # A draw is good as long as everything before it is part of the text: up to the first guess that was wrong.
+        for token, logprob, guess in zip_longest(self.tokens, self.logprobs, sequence.guesses):
             if sequence.ended:
-                return
+                break
             if sequence.generated == 0:
                 sequence.prompt_done()
             sequence.accept(token, logprob)
+            if token != guess:
+                break
+            sequence.count_guesses(accepted=1)
+        if self.tokens:
+            sequence.settle(before)
 
     def _collect_hidden(self, sequence: Sequence, hidden: Tensor) -> None:
         sequence.hidden.append(bytes(hidden.data))

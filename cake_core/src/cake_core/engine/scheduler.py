@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from cake_core.engine.ledger import Ledger
 from cake_core.engine.prefix import PrefixCache
 from cake_core.engine.sequence import Sequence
+from cake_core.engine.speculator import Speculator
 from cake_core.model import Row, Want
 
 
@@ -36,15 +37,22 @@ class Limits:
 
 @dataclass(slots=True)
 class Step:
-    """A batch to be: `rows[i]` belongs to `sequences[i]`. `opens` are to be opened, `closes` closed, before it."""
+    """A batch to be: `rows[i]` belongs to `sequences[i]`. `launched`: when, by the engine's
+    clock."""
 
     sequences: list[Sequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    launched: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        return sum(row.length for row in self.rows)
 
     def add(self, sequence: Sequence, length: int, want: Want) -> None:
         assert sequence.session is not None  # noqa: S101 - admitted sequences have one
         self.sequences.append(sequence)
-        self.rows.append(Row(sequence.session, sequence.forwarded, length, want))
+        self.rows.append(Row(sequence.session, sequence.forwarded, length, want, sequence.rewind))
+        sequence.rewind = False
         sequence.forwarded += length
         sequence.in_flight += 1
         sequence.drawing += want.sample
@@ -57,8 +65,9 @@ class Scheduler:
     `to_close` lists sessions to be closed. Both are to be done, in that order, before the next call of `next`.
     """
 
-    def __init__(self, limits: Limits, ledger: Ledger) -> None:
+    def __init__(self, limits: Limits, ledger: Ledger, speculator: Speculator | None = None) -> None:
         self.limits = limits
+        self.speculator = speculator
         self.ledger = ledger
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -79,6 +88,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence here: its session is kept for its prefix, or closed and its blocks freed."""
+        if self.speculator is not None:
+            self.speculator.forget(sequence)
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence not in self.running:
@@ -108,12 +119,14 @@ class Scheduler:
         if donor is not None and self.prefixes.used_up(donor, kept):
             self._close(donor)
 
-    def requeue(self, sequence: Sequence) -> None:
-        """Takes a running sequence back to the head of the queue, to be computed again from its tokens."""
-        self.running.remove(sequence)
-        self._drop_session(sequence)
-        sequence.restart()
-        self.waiting.appendleft(sequence)
+    def requeue(self, *sequences: Sequence) -> None:
+        """Takes sequences that are running back to the head of the queue, to be computed again from their tokens."""
+        for sequence in sequences:
+            if sequence in self.running:
+                self.running.remove(sequence)
+                self._drop_session(sequence)
+                sequence.restart()
+                self.waiting.appendleft(sequence)
 
     def _drop_session(self, sequence: Sequence) -> None:
         session = sequence.session
@@ -166,9 +179,19 @@ class Scheduler:
         spread = 1 if self.limits.ahead else max(1, self.limits.depth)
         share = -(-sum(s.decoding or s.in_flight > 0 for s in self.running) // spread)
         ready.sort(key=lambda s: s.forwarded - s.prompt_length)
-        for sequence in ready[:share]:
-            if sequence.session is not None and self._make_room(sequence, sequence.forwarded + 1):
-                step.add(sequence, 1, _decode_want(sequence))
+        chosen = ready[:share]
+        guessed = self.speculator.guess(chosen) if self.speculator is not None else [[] for _ in chosen]
+        for sequence, guesses in zip(chosen, guessed, strict=True):
+            session = sequence.session
+            if session is None or not self._make_room(sequence, sequence.forwarded + 1):
+                continue
+            # Nobody is preempted for a guess.
+            length = 1 + len(guesses)
+            if not self.ledger.fits(session, sequence.forwarded + length):
+                guesses, length = [], 1
+            self.ledger.take(session, sequence.forwarded + length)
+            sequence.guesses = guesses
+            step.add(sequence, length, _decode_want(sequence, length))
 
     def _may_decode(self, sequence: Sequence) -> bool:
         if sequence.unwanted or sequence.ended:
@@ -176,7 +199,7 @@ class Scheduler:
         return (sequence.decoding and not sequence.in_flight) or (self.limits.ahead and sequence.may_run_ahead)
 
     def _prefill(self, step: Step) -> None:
-        budget = max(1, self.limits.chunk - len(step.rows))
+        budget = max(1, self.limits.chunk - step.positions)
         for sequence in sorted(self.running, key=lambda s: s.order):
             if budget <= 0:
                 return
@@ -195,6 +218,8 @@ class Scheduler:
         False: not now.
         """
         session = sequence.session
+        if session is not None and sequence.rewind:
+            self.ledger.shrink(session, sequence.forwarded)
         while session is not None and not self.ledger.fits(session, positions):
             if (evicted := self.prefixes.evict()) is not None:
                 self._close(evicted)
@@ -219,17 +244,13 @@ class Scheduler:
             self.requeue(other)
         return oldest if not others else None
 
-    @property
-    def idle(self) -> bool:
-        return not self.running and not self.waiting
-
     def sequences(self) -> Iterable[Sequence]:
         return [*self.running, *self.waiting]
 
 
-def _decode_want(sequence: Sequence) -> Want:
+def _decode_want(sequence: Sequence, length: int) -> Want:
     top = sequence.request.logprobs
-    return Want(sample=1, top=-1 if top is None else top)
+    return Want(sample=length, top=-1 if top is None else top)
 
 
 def _prefill_want(sequence: Sequence, length: int) -> Want:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
 from cake_core.detokenize import Detokenizer
+from cake_core.engine.speculation import Guessing, Tally
 from cake_core.errors import CakeError
 from cake_core.events import Failed, Finished, FinishReason, PromptDone, TextEvent, TokenEvent, TokenLogprob, Usage
 from cake_core.model import SessionSpec
@@ -26,6 +27,8 @@ class Sequence:
         tokens: prompt and answer. forwarded: positions submitted to the stages, those in flight included.
         session: its id on the stages while it is open; a new one after every restart, so nothing stale can be taken for it.
         in_flight: batches under way that have a row of it. drawing: tokens that they will draw.
+        guesses: ids that the row under way has after its certain one. rewind: the stages hold positions beyond `forwarded`, of
+            guesses that were wrong. guessing: what is known to guess from.
         scored: prompt positions whose scores have been asked for already (a restart does not ask again).
         limit: tokens, prompt included, at which it ends.
     """
@@ -40,6 +43,9 @@ class Sequence:
     forwarded: int = 0
     in_flight: int = 0
     drawing: int = 0
+    guesses: list[int] = field(default_factory=list)
+    rewind: bool = False
+    guessing: Guessing | None = None
     scored: int = 0
     cached: int = 0
     unwanted: bool = False
@@ -80,6 +86,16 @@ class Sequence:
         return plain and waits and len(self.tokens) + 1 < self.limit
 
     @property
+    def may_be_guessed(self) -> bool:
+        """A grammar refuses to follow a wrong guess; anything else is decided position by position."""
+        return self.request.grammar is None
+
+    @property
+    def room(self) -> int:
+        """Guesses that can turn out right before the answer is at its limit, which the draw after them counts towards."""
+        return self.limit - len(self.tokens) - 1
+
+    @property
     def generates(self) -> bool:
         return not self.request.embed and self.limit > self.prompt_length
 
@@ -97,9 +113,12 @@ class Sequence:
         """Back to the queue: what was forwarded is forgotten, what was drawn stays."""
         self.session = None
         self.forwarded = 0
+        self.guesses = []
+        self.rewind = False
 
     def usage(self) -> Usage:
-        return Usage(self.prompt_length, self.generated, self.cached)
+        guesses = self.guessing.own if self.guessing is not None else Tally()
+        return Usage(self.prompt_length, self.generated, self.cached, guesses.proposed, guesses.accepted)
 
     def prompt_done(self) -> None:
         scores = tuple(self.scores) if self.request.score_prompt else None
@@ -120,6 +139,20 @@ class Sequence:
             self.finish("stop", stop, flush=False)
         elif len(self.tokens) >= self.limit:
             self.finish("length")
+
+    def count_guesses(self, proposed: int = 0, accepted: int = 0) -> None:
+        if self.guessing is not None:
+            self.guessing.count(proposed, accepted)
+
+    def settle(self, before: int) -> None:
+        """After the draws of a row, of which the text has taken those from index `before` on: what its guesses were worth."""
+        drawn = self.tokens[before:]
+        if self.guessing is not None:
+            self.guessing.learn(drawn)
+        if self.guesses:
+            self.forwarded = len(self.tokens) - 1
+            self.rewind = len(drawn) <= len(self.guesses)
+            self.guesses = []
 
     def finish(self, reason: FinishReason, stop: str | int | None = None, flush: bool = True) -> None:
         self._end(Finished(reason, self.detokenizer.flush() if flush else "", self.usage(), stop))

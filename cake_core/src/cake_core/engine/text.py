@@ -13,6 +13,8 @@ from cake_core.engine.pipeline import Pipeline
 from cake_core.engine.posts import Cancel, Submit, Wake
 from cake_core.engine.scheduler import Limits, Scheduler
 from cake_core.engine.sequence import Sequence, Sink
+from cake_core.engine.speculation import Tally
+from cake_core.engine.speculator import Speculator
 from cake_core.engine.stream import events_of
 from cake_core.errors import Cancelled, CapacityError, ContextLengthError, QueueFullError
 from cake_core.events import TextEvent
@@ -45,6 +47,9 @@ class EngineStats:
     positions: int
     """Positions forwarded since the start."""
     batches: int
+    proposed: int = 0
+    accepted: int = 0
+    """Guessed tokens that were forwarded, and those of them that were right."""
 
 
 class TextEngine:
@@ -57,14 +62,15 @@ class TextEngine:
         pipeline: Pipeline,
         limits: Limits | None = None,
         watch: Watch | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.info = info
         self._tokenizer = tokenizer
         self._limits = limits or Limits()
-        if pipeline.runs_ahead:
-            self._limits = replace(self._limits, depth=2, ahead=True)
+        if pipeline.runs_ahead and not (speculator is not None and speculator.speculation.everywhere):
+            self._limits, speculator = replace(self._limits, depth=2, ahead=True), None
         kv_tokens = pipeline.kv_tokens()
-        self._scheduler = Scheduler(self._limits, Ledger(kv_tokens // info.kv_block, info.kv_block))
+        self._scheduler = Scheduler(self._limits, Ledger(kv_tokens // info.kv_block, info.kv_block), speculator)
         self._orders = itertools.count()
         self._loop = Loop(pipeline, self._scheduler, self._limits, watch)
 
@@ -120,6 +126,7 @@ class TextEngine:
 
     def stats(self) -> EngineStats:
         scheduler, ledger = self._scheduler, self._scheduler.ledger
+        guesses = scheduler.speculator.tally if scheduler.speculator is not None else Tally()
         return EngineStats(
             len(scheduler.running),
             len(scheduler.waiting),
@@ -129,6 +136,8 @@ class TextEngine:
             scheduler.preemptions,
             self._loop.positions,
             self._loop.batches,
+            guesses.proposed,
+            guesses.accepted,
         )
 
     def wake(self) -> None:
