@@ -328,6 +328,17 @@ def test_files_of_a_diffusers_model_come_in_fp16_once() -> None:
     }  # fmt: skip
 
 
+def test_a_single_file_is_fetched_alone(hub: Hub, home: Path) -> None:
+    hub.repositories["org/photo"] = {"a.safetensors": safetensors(5000), "b.safetensors": safetensors(5000), "a.yaml": b""}
+    found = pull(hub, home, "org/photo/a.safetensors")
+    assert (found["name"], found["format"]) == ("org/photo/a.safetensors", "safetensors")
+    assert [path.name for path in Path(found["path"]).parent.iterdir()] == ["a.safetensors"]
+    assert (
+        "org/photo has no file c.safetensors; its safetensors files: a.safetensors, b.safetensors"
+        in (pull(hub, home, "org/photo/c.safetensors")["error"])
+    )
+
+
 def test_a_repository_without_weights() -> None:
     with pytest.raises(CheckpointError, match="o/n has no weights"):
         needed_files(HubId("o/n"), ["README.md"])

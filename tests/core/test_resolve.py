@@ -146,6 +146,7 @@ def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(reference: str) 
         ("org/name-1.5_x:Q4_K_M", HubId("org/name-1.5_x", "Q4_K_M")),
         ("org/name/file.gguf", HubId("org/name", file="file.gguf")),
         ("org/name/Q8_0/file.gguf", HubId("org/name", file="Q8_0/file.gguf")),
+        ("org/name/v1-5-pruned.safetensors", HubId("org/name", file="v1-5-pruned.safetensors")),
         ("org", None),
         ("org/name/other", None),
         ("org/../x.gguf", None),
@@ -179,6 +180,22 @@ def test_cached_gguf_by_quantisation_and_by_file(tmp_path: Path) -> None:
         assert (found.name, found.path) == (reference, snapshot / file)
     assert cached(HubId("org/g", "Q4_K")) is None
     assert cached(HubId("org/g", file="none.gguf")) is None
+
+
+def test_a_single_file_of_a_repository(tmp_path: Path) -> None:
+    weights = toy_files(tmp_path)["model.safetensors"]
+    snapshot = cache("org/photo", {"photo.safetensors": weights, "photo-inpainting.safetensors": weights})
+    found = resolve("org/photo/photo.safetensors")
+    assert isinstance(found, SafetensorsCheckpoint)
+    assert (found.name, found.path) == ("org/photo/photo.safetensors", snapshot / "photo.safetensors")
+    assert cached(HubId("org/photo")) is None
+    assert cached(HubId("org/photo", file="none.safetensors")) is None
+    listed = [(model.reference, model.status) for model in list_models()]
+    assert ("org/photo/photo.safetensors", "complete") in listed
+    assert ("org/photo/photo-inpainting.safetensors", "complete") in listed
+    assert remove("org/photo/photo.safetensors") == len(weights)
+    assert cached(HubId("org/photo", file="photo.safetensors")) is None
+    assert cached(HubId("org/photo", file="photo-inpainting.safetensors")) is not None
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError
-from cake_core.models import PARTIAL_SUFFIX, HubId, cached, hub_cache, pick_gguf, snapshot
+from cake_core.models import PARTIAL_SUFFIX, SINGLE, HubId, cached, hub_cache, pick_gguf, snapshot
 
 if TYPE_CHECKING:
     from cake_core.model import Progress
@@ -77,6 +77,11 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
 def needed_files(hub_id: HubId, names: Iterable[str]) -> list[str]:
     """Files of a repository that the model needs, small ones first. Raises CheckpointError when it has no usable weights."""
     names = sorted(names)
+    if hub_id.file.endswith(SINGLE):
+        if hub_id.file not in names:
+            have = ", ".join(name for name in names if name.endswith(SINGLE) and "/" not in name) or "none"
+            raise CheckpointError(f"{hub_id.repo} has no file {hub_id.file}; its safetensors files: {have}")
+        return [*(name for name in names if _SIDE_FILES.match(name)), hub_id.file]
     if hub_id.file or hub_id.quantisation:
         return _gguf_files(hub_id, names)
     if "model_index.json" in names:

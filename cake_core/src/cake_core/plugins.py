@@ -135,11 +135,18 @@ class Plugins:
         return found
 
     def backend_for(self, checkpoint: Checkpoint, model_type: str | None = None) -> Backend:
-        """The backend that accepts a checkpoint. Raises UnsupportedModel naming its architecture and what is served."""
+        """The backend that accepts a checkpoint. Raises UnsupportedModel naming its architecture and what is served,
+        or the CheckpointError of a backend that could not tell."""
         candidates = [b for b in self.backends.values() if model_type in (None, b.model_type)]
+        damage: CheckpointError | None = None
         for backend in candidates:
-            if backend.accepts(checkpoint):
-                return backend
+            try:
+                if backend.accepts(checkpoint):
+                    return backend
+            except CheckpointError as error:  # what one kind of model lacks, another may not need
+                damage = damage or error
+        if damage is not None:
+            raise damage
         names = ", ".join(b.name for b in candidates) or "none"
         raise UnsupportedModel(
             f"{checkpoint.path}: no installed backend serves {_architecture(checkpoint)} (installed {model_type or 'model'} "

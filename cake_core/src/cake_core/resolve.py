@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cake_core.checkpoint import Checkpoint, SafetensorsCheckpoint
+from cake_core.checkpoint import ABSENT, Checkpoint, SafetensorsCheckpoint
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.diffusers import MODEL_INDEX, DiffusersCheckpoint
 from cake_core.formats.gguf import GgufCheckpoint, part_number
@@ -75,6 +75,8 @@ def _open_folder(path: Path, name: str) -> Checkpoint:
         return GgufCheckpoint(models[0], name)
     if (path / "topology.yml").is_file() and (path / "model").is_dir():
         return _open_folder(path / "model", name or path.name)
+    if (path / ABSENT).is_file():  # a bundle of a single file, which has no configuration beside it
+        return SafetensorsCheckpoint(path, name)
     if any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} has weights but no config.json; copy it from the model's repository")
     found = "is empty" if not any(path.iterdir()) else "has no config.json, model_index.json or .gguf file"

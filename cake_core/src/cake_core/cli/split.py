@@ -17,8 +17,11 @@ from cake_core.cli.options import ModelFlags
 @click.option("--model-type", type=click.Choice(list(MODEL_TYPES)), metavar="text|image", help="Which kind of model.")
 @click.option("--topology", type=click.Path(path_type=Path), required=True, metavar="T", help="Which worker gets which layers.")
 @click.option("--worker", "workers", multiple=True, metavar="N", help="Only this worker; may be repeated.")
+@click.option("--sd-config", metavar="M", help="Model whose configuration a single file of an image model lacks.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="O", help="Folder for the bundles.")
-def split_model(model: str, model_type: str | None, topology: Path, workers: tuple[str, ...], output: Path) -> None:
+def split_model(
+    model: str, model_type: str | None, topology: Path, workers: tuple[str, ...], sd_config: str | None, output: Path
+) -> None:
     """Write a folder for each worker with its layers, configuration, tokenizer and topology.
 
     A worker starts on its folder as it is: `cake worker --model OUTPUT/NAME-node`.
@@ -26,7 +29,7 @@ def split_model(model: str, model_type: str | None, topology: Path, workers: tup
     from cake_core.split import split
 
     plugins = current_app().plugins
-    flags = ModelFlags(model=model, model_type=model_type, topology=topology)
+    flags = ModelFlags(model=model, model_type=model_type, topology=topology, sd={"config": sd_config} if sd_config else {})
     checkpoint, nodes = flags.checkpoint(plugins), flags.load_topology()
     info = plugins.backend_for(checkpoint, flags.kind).describe(checkpoint, flags.load_options())
     with Bars("splitting") as bars:

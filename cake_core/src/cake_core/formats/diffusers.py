@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cake_core.checkpoint import Checkpoint, TensorInfo, read_json
+from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo, read_json
 from cake_core.errors import CheckpointError
 from cake_core.formats.safetensors import read_header
 
@@ -52,6 +52,12 @@ class DiffusersCheckpoint(Checkpoint):
         if not tensors:
             raise CheckpointError(f"{self.path} has no safetensors weights; `cake pull` downloads a model")
         return tensors
+
+    def component_headers(self, component: str) -> Mapping[str, TensorInfo]:
+        """Tensors of one component by their headers, which a bundle has of all; empty in a folder without any weights."""
+        if not self.components and not (self.path / ABSENT).is_file():
+            return {}
+        return {name: info for name, info in self.headers.items() if name.startswith(f"{component}/")}
 
     def component_config(self, component: str) -> Mapping[str, Any] | None:
         """The config.json of one component, None where it has none."""

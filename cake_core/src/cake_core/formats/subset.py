@@ -15,6 +15,9 @@ from cake_core.formats.gguf import GgufCheckpoint
 Copied = Callable[[int], None]
 """Told how many more bytes have been written."""
 
+ALIGNMENT = 64
+"""Bytes: the widest vector registers and the cache lines of today's processors."""
+
 _PIECE = 1 << 20
 
 
@@ -29,7 +32,10 @@ def write_safetensors(target: Path, tensors: Mapping[str, TensorInfo], copied: C
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    # Padded so that the first tensor, and those that follow it there too, lie in a mapped file as they did in the source:
+    # kernels may round differently on memory that is aligned differently.
+    start = next((tensor.offset for tensor in tensors.values()), 0)
+    text += b" " * ((start - 8 - len(text)) % ALIGNMENT)
     with target.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.errors import UnsupportedModel
+from cake_core.errors import ConfigError
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import BACKEND_API, Component, ImageModel, LoadOptions, ModelInfo, Progress
 from cake_sd import layout
-from cake_sd.convert import is_single_file
 from cake_sd.options import SdOptions, process_options
+from cake_sd.single import SingleFileCheckpoint, is_single_file, open_single
 
 if TYPE_CHECKING:
     from cake_sd.components import TorchComponent
@@ -25,10 +25,7 @@ class SdBackend:
     model_type: Literal["text", "image"] = "image"
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
-        """Also a single-file checkpoint, to say at `describe` how it is converted."""
-        if isinstance(checkpoint, DiffusersCheckpoint):
-            return True
-        return checkpoint.path.is_file() and is_single_file(checkpoint.path)
+        return isinstance(checkpoint, DiffusersCheckpoint) or is_single_file(checkpoint)
 
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         return layout.describe(_diffusers(checkpoint, process_options(options)), options, self.name)
@@ -51,16 +48,20 @@ class SdBackend:
         from cake_sd.painter import Painter
 
         sd = process_options(options)
-        return Painter(_diffusers(checkpoint, sd), info, components, sd)
+        found = _diffusers(checkpoint, sd)
+        if isinstance(found, SingleFileCheckpoint):
+            from cake_sd.vocabulary import add_tokenizers
+
+            add_tokenizers(found, sd.tokenizers)
+        return Painter(found, info, components, sd)
 
 
 def _diffusers(checkpoint: Checkpoint, sd: SdOptions) -> DiffusersCheckpoint:
-    """The folder, with the files that `--sd-use-f16` wants where it has them."""
+    """The folder, with the files that `--sd-use-f16` wants where it has them; a single file as such a folder."""
     if not isinstance(checkpoint, DiffusersCheckpoint):
-        raise UnsupportedModel(
-            f"{checkpoint.path} is a single-file checkpoint; convert it once with `python -m cake_sd.convert "
-            f"{checkpoint.path} FOLDER --config DIFFUSERS_FOLDER`, then use --model FOLDER"
-        )
+        return open_single(checkpoint, sd)
+    if sd.config is not None:
+        raise ConfigError(f"{checkpoint.path} has its own configuration; leave --sd-config out, which is for single files")
     if sd.use_f16 is None:
         return checkpoint
     return type(checkpoint)(checkpoint.path, checkpoint.name, "fp16" if sd.use_f16 else "")

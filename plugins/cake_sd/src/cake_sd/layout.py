@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo
+from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import Layer, LoadOptions, ModelInfo
@@ -47,14 +47,6 @@ def component_class(checkpoint: Checkpoint, folder: str) -> tuple[str, str] | No
     return None
 
 
-def tensors_of(checkpoint: DiffusersCheckpoint, folder: str) -> dict[str, TensorInfo]:
-    """Tensors of one component by their headers, which a bundle has of all; empty in a folder without any weights."""
-    if not checkpoint.components and not (checkpoint.path / ABSENT).is_file():
-        return {}
-    prefix = f"{folder}/"
-    return {name: info for name, info in checkpoint.headers.items() if name.startswith(prefix)}
-
-
 def guess_dtype(options: LoadOptions) -> str:
     """The dtype that `auto` will mean on this machine, as well as it can be known without loading torch."""
     if options.dtype != "auto":
@@ -94,7 +86,7 @@ def _class_name(checkpoint: Checkpoint, layer: str) -> str:
 
 
 def _layer(checkpoint: DiffusersCheckpoint, layer: str, element: int) -> Layer:
-    tensors = tensors_of(checkpoint, FOLDERS[layer])
+    tensors = checkpoint.component_headers(FOLDERS[layer])
     elements = 0
     for tensor in tensors.values():
         count = 1

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from cake_core.checkpoint import TensorInfo
 from cake_core.errors import CapacityError, CheckpointError, ConfigError, UnsupportedModel
 from cake_core.formats.diffusers import DiffusersCheckpoint
+from cake_core.formats.safetensors import read_header, read_headers
 from cake_core.model import LoadOptions, ModelInfo, Progress
 from cake_sd import randoms
 from cake_sd.components import About, TextComponent, TorchComponent, VaeComponent
@@ -22,6 +24,7 @@ from cake_sd.denoiser import DenoiserComponent
 from cake_sd.layout import FOLDERS, KINDS, component_class, component_config
 from cake_sd.options import SdOptions
 from cake_sd.quiet import quieten
+from cake_sd.single import SingleFileCheckpoint, component_tensors, load_tensors
 from cake_sd.wire import DTYPES, NAMES
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -115,18 +118,21 @@ def _wrap(about: About, module: torch.nn.Module, pipeline: str) -> TorchComponen
 
 
 def _size(checkpoint: DiffusersCheckpoint, info: ModelInfo, layer: str, sd: SdOptions, dtype: torch.dtype) -> int:
-    if path := sd.weights.get(layer):
-        return path.stat().st_size
     described = next((item for item in info.layers if item.name == layer), None)
     made_up = isinstance(checkpoint, randoms.RandomCheckpoint)
-    if described is None or not (made_up or checkpoint.component_files(FOLDERS[layer])):
+    if path := sd.weights.get(layer):
+        header = read_headers(sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
+        tensors: Mapping[str, TensorInfo] = component_tensors(header, FOLDERS[layer]) or header
+    elif described is not None and (made_up or checkpoint.component_files(FOLDERS[layer])):
+        tensors = checkpoint.component_headers(FOLDERS[layer])
+    else:
+        where = checkpoint.source.path if isinstance(checkpoint, SingleFileCheckpoint) else checkpoint.path / FOLDERS[layer]
         raise CheckpointError(
-            f"{checkpoint.path / FOLDERS[layer]} has no weights on this machine; copy the folder here, or give the layer "
-            f"{layer!r} to a node that has it"
+            f"{where} has no weights of {layer} on this machine; copy them here, name others with --sd-{layer}, or give the "
+            f"layer {layer!r} to a node that has them"
         )
     element = torch.empty((), dtype=dtype).element_size()
-    tensors = checkpoint.headers
-    return sum(element * int(torch.Size(tensors[name].shape).numel()) for name in described.tensors)
+    return sum(element * int(torch.Size(tensor.shape).numel()) for tensor in tensors.values())
 
 
 def check_memory(layer: str, needed: int, device: torch.device) -> None:
@@ -149,15 +155,15 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _load_module(checkpoint: DiffusersCheckpoint, layer: str, dtype: torch.dtype, sd: SdOptions) -> Any:
-    real = resolve_class(checkpoint, layer)
-    folder = checkpoint.path / FOLDERS[layer]
+    real, folder = resolve_class(checkpoint, layer), FOLDERS[layer]
     if path := sd.weights.get(layer):
         if path.is_dir():
             return _from_folder(real, path, dtype, None)
-        return _from_files(real, folder, [path], dtype)
-    files = checkpoint.component_files(FOLDERS[layer])
-    variant = _variant(files[0].name)
-    return _from_folder(real, folder, dtype, variant)
+        return _from_file(real, checkpoint.path, folder, path, dtype)
+    if isinstance(checkpoint, SingleFileCheckpoint) and checkpoint.holds(folder):
+        return load_tensors(real, checkpoint.component_headers(folder), checkpoint.path, folder, dtype_argument(real, dtype))
+    files = checkpoint.component_files(folder)
+    return _from_folder(real, files[0].parent, dtype, _variant(files[0].name))
 
 
 def _variant(name: str) -> str | None:
@@ -188,13 +194,17 @@ def dtype_argument(real: type[Any], dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype": dtype}
 
 
-def _from_files(real: type[Any], folder: Path, files: list[Path], dtype: torch.dtype) -> Any:
-    """Weights from other files than the folder's own: a folder of links makes them look like its own."""
-    stem = "model" if hasattr(real, "config_class") and real.config_class is not None else "diffusion_pytorch_model"
+def _from_file(real: type[Any], configs: Path, folder: str, file: Path, dtype: torch.dtype) -> Any:
+    """Weights from a file given in place of the model's own: under diffusers' names or the trainers', alone or in a single
+    file with others."""
+    header = read_header(file)
+    own = component_tensors(header, folder)
+    if own or not hasattr(real, "config_class"):
+        return load_tensors(real, own or header, configs, folder, dtype_argument(real, dtype))
+    # A text encoder under transformers' names: a folder of links makes it look like the model's own.
     with tempfile.TemporaryDirectory(prefix="cake-sd-") as staged:
-        (Path(staged) / "config.json").write_bytes((folder / "config.json").read_bytes())
-        for file in files:
-            os.symlink(file.absolute(), Path(staged) / f"{stem}.safetensors")
+        (Path(staged) / "config.json").write_bytes((configs / folder / "config.json").read_bytes())
+        os.symlink(file.absolute(), Path(staged) / "model.safetensors")
         return _from_folder(real, Path(staged), dtype, None)
 
 
