@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_core import errors
+from cake_core.bodies import BodyReader
 from cake_core.codec import error_fields, error_from_fields, spec_from_fields, spec_to_fields
 from cake_core.errors import ProtocolError
 from cake_core.model import Batch, Row, SessionSpec, Tensor, Want, int32_tensor
-from cake_core.protocol import MAX_ROWS, BodyReader, Type, decode, encode, encode_batch, tensor_fields
+from cake_core.protocol import MAX_ROWS, Type, decode, encode, encode_batch, tensor_fields
 from cake_core.requests import SamplingParams
 from cake_core.transport import MAX_HEADER
 
@@ -30,9 +31,9 @@ def body_of(buffers: list[Any]) -> bytes:
 
 
 def test_batch_round_trip() -> None:
-    header, buffers = encode_batch(Type.FORWARD, 77, BATCH, stage=3, step=5)
+    header, buffers = encode_batch(Type.FORWARD, 77, BATCH, stage=3, hops=5)
     message = decode(header)
-    assert (message.type, message.request, message.stage, message.step) == (Type.FORWARD, 77, 3, 5)
+    assert (message.type, message.request, message.stage, message.hops) == (Type.FORWARD, 77, 3, 5)
     assert message.rows == BATCH.rows
     found = message.batch(body_of(buffers))
     assert {n: (t.dtype, t.shape, bytes(t.data)) for n, t in found.tensors.items()} == {

@@ -51,7 +51,7 @@ def test_any_placement_gives_the_same_text(spawn: Spawn, free_address: Pick, tmp
     topology = write_topology(tmp_path, **nodes)
     alone = spawn(quiet([*RUN, "hello"]))
     # The master comes first, the workers after: any order will do.
-    split = spawn(quiet([*RUN, "--topology", topology, "--wait", "40", "hello"]))
+    split = spawn(quiet([*RUN, "--topology", topology, "--wait", "40", "--route", "chain", "hello"]))
     workers = [start_worker(spawn, name, address) for name, (address, _) in nodes.items()]
     assert answer(split) == answer(alone)
     for worker in workers:

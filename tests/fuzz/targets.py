@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+from cake_core.bodies import BodyReader
 from cake_core.errors import AuthenticationError, ProtocolError
 from cake_core.framing import Inbox
 from cake_core.handshake import NONCE, Handshake
 from cake_core.hello import check_hello
 from cake_core.keys import ClusterKey
-from cake_core.protocol import BodyReader, decode
+from cake_core.protocol import decode
 from cake_core.transport import MAX_BODY
 
 KEY = ClusterKey(bytes(range(32)))

@@ -12,10 +12,10 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "model requests events checkpoint transport topology png formats config",
-        "placement profiles planners sampling detokenize cbor framing protocol codec hello keys strangers handshake gate"
-        " security units",
+        "placement profiles planners sampling detokenize cbor framing protocol bodies codec hello keys strangers handshake "
+        "gate security units",
         "hookspecs builtin plugins resolve models hub split",
-        "connect link stages serving guest worker cluster engine runtime",
+        "connect waiting link stage_inputs stages serving hops guest worker chain cluster engine runtime",
         "bench",
         "cli __main__",
         "testing",

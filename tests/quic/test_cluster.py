@@ -60,14 +60,16 @@ def answer(plugins, checkpoint, tmp_path, schemes):
     topology = parse_topology(entries, "the test's topology")
     workers, threads = [], []
     for name, gate in gates.items():
-        worker = Worker(plugins, WorkerSpec(checkpoint, topology, name))
+        worker = Worker(plugins, WorkerSpec(checkpoint, topology, name), dial=Connector(plugins, keyring(tmp_path)).dial)
         worker.load()
         workers.append(worker)
         threads.append(threading.Thread(target=worker.serve, args=(gate,)))
         threads[-1].start()
     connector = Connector(plugins, keyring(tmp_path))
     try:
-        runtime = open_text(plugins, RunSpec(checkpoint, topology, LoadOptions(), dial=connector.dial, wait=20.0))
+        runtime = open_text(
+            plugins, RunSpec(checkpoint, topology, LoadOptions(), dial=connector.dial, wait=20.0, route="chain")
+        )
         request = TextRequest(tuple(range(20)), SamplingParams(temperature=0.0), max_tokens=24, ignore_eos=True)
         found = [event.token for event in runtime.engine.generate(request) if isinstance(event, TokenEvent)]
         runtime.close()

@@ -220,9 +220,12 @@ class RemoteNode:
                 )
 
     def _handle(self, link: Link, message: Message, _body: memoryview) -> None:
-        if message.type is not Type.DRAINING:
+        if message.type is Type.PARTED:
+            error = NodeLost(f"{self.name} has lost the next worker: {message.fields['message']}", self.name, self.address)
+            link.part(message.fields["ticket"], error)
+        elif message.type is not Type.DRAINING:
             raise ProtocolError(f"a worker does not send {message.type.name}")
-        if link is self._link:
+        elif link is self._link:
             self._set("draining", link, NodeLost(f"{self.name} is shutting down", self.name, self.address))
 
     def _fell(self, link: Link, error: CakeError) -> None:

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from cake_core.bodies import split_buffers
 from cake_core.codec import spec_from_fields
-from cake_core.errors import CakeError, NodeMismatch, StageError, TransportError
+from cake_core.errors import CakeError, NodeMismatch, ProtocolError, StageError, TransportError
+from cake_core.hops import Forward, Hops
 from cake_core.link import Link
-from cake_core.model import Batch, Pending, Tensor
-from cake_core.protocol import Message, Type, split_buffers, tensor_fields
+from cake_core.model import Batch, Tensor
+from cake_core.protocol import CHAINED, Message, Type, tensor_fields
 from cake_core.serving import Serving
+from cake_core.stage_inputs import inputs_of
 from cake_core.stages import LocalStage
 from cake_core.topology import compress
 
@@ -37,6 +40,9 @@ class Host(Protocol):
 
     def report(self) -> dict[str, Any]: ...
 
+    def claim(self, ticket: bytes, link: Link) -> Forward:
+        """Who takes the batches that come over `link` with this ticket. Raises StageError for one that nobody gave."""
+
 
 _session_numbers = itertools.count(1)
 
@@ -45,10 +51,13 @@ class Guest:
     """Serves the requests of one master, in the thread that reads its link."""
 
     link: Link
+    hops: Hops
 
     def __init__(self, worker: Host) -> None:
         self._worker = worker
         self._serving: Serving | None = None
+        self._forward_to: Forward | None = None
+        """Set when no master but another worker is at the other end."""
         self.sessions: dict[tuple[int, int], int] = {}
         self._constants: dict[int, dict[bytes, Tensor]] = {}
         self._constant_bytes = 0
@@ -72,9 +81,12 @@ class Guest:
             log.warning("%s: %s failed: %s", link.name, message.type.name, error)
 
     def _serve(self, link: Link, message: Message, body: memoryview) -> None:
+        if self._forward_to is not None:
+            self._forward_to(message, body)
+            return
         match message.type:
             case Type.FORWARD:
-                self._forward(link, message, body)
+                self._forward(message, body)
             case Type.ATTACH:
                 self._attach(message.fields)
                 link.answer(message, Type.ATTACHED, self._worker.report())
@@ -93,6 +105,17 @@ class Guest:
                 self._release_image(message.fields["image"], message.fields["layer"])
             case Type.STATUS:
                 link.answer(message, Type.REPORT, {"report": self._worker.report()})
+            case Type.EXPECT:
+                self._stage(message)
+                self.hops.expect(message.stage, message.fields)
+                link.answer(message, Type.READY, {})
+            case Type.NEXT:
+                self._stage(message)
+                self.hops.go_on(message.stage, message.fields)
+                link.answer(message, Type.READY, {})
+            case Type.PEER:
+                self._forward_to = self._worker.claim(message.fields["ticket"], link)
+                link.answer(message, Type.READY, {})
             case _:
                 raise StageError(f"a worker does not serve {message.type.name}")
 
@@ -148,11 +171,20 @@ class Guest:
         if message.request:
             link.answer(message, Type.LENGTH, {"length": kept})
 
-    def _forward(self, link: Link, message: Message, body: memoryview) -> None:
-        stage = self._stage(message)
+    def _forward(self, message: Message, body: memoryview) -> None:
+        stage, tensors = self._stage(message), message.tensors(body)
         rows = tuple(replace(row, session=self._own(message.stage, row.session)) for row in message.rows)
-        pending = stage.submit(Batch(rows, message.tensors(body)))
-        pending.when_done(lambda done: _reply(link, message, done))
+        pending = stage.submit(Batch(rows, inputs_of(stage.layers, tensors)))
+        pending.when_done(lambda done: self.hops.deliver(message, tensors, done))
+
+    def take_over(self, stage: int, message: Message, body: memoryview) -> None:
+        """A batch that another worker hands over, for the stage its ticket was given for. Failures are the master's to know.
+
+        Raises ProtocolError, which ends that worker's link, for anything else.
+        """
+        if message.type is not Type.FORWARD or message.stage != stage or not message.request & CHAINED:
+            raise ProtocolError(f"a hand-over to stage {stage} does not bring {message.type.name}")
+        self.handle(self.link, message, body)
 
     def _call(self, link: Link, message: Message, body: memoryview) -> None:
         fields, serving = message.fields, self._held()
@@ -194,6 +226,7 @@ class Guest:
 
     def release(self) -> None:
         """Frees everything the master left behind; it may attach again afterwards."""
+        self.hops.release()
         serving = self._serving
         if serving is None:
             return
@@ -204,19 +237,6 @@ class Guest:
             for layer in serving.components:
                 self._release_image(image, layer)
         self._serving = None
-
-
-def _reply(link: Link, request: Message, done: Pending) -> None:
-    try:
-        tensors = done.result().tensors
-    except CakeError as error:
-        link.answer_error(request, error)
-        return
-    except Exception as error:
-        log.exception("a batch of %s failed", link.name)
-        link.answer_error(request, error)
-        return
-    link.answer_batch(request, Batch((), tensors))
 
 
 def _listed(stages: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,6 @@ cut off is noticed.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -17,11 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from cake_core.bodies import BodyReader
 from cake_core.codec import error_fields, error_from_fields
 from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeLost, ProtocolError, TransportError
-from cake_core.model import Batch, Buffer, Pending, Row
-from cake_core.protocol import BodyReader, Message, Type, encode, encode_batch
+from cake_core.model import Batch, Buffer, Pending
+from cake_core.protocol import ANSWERS, CHAINED, Message, Type, encode, encode_batch
 from cake_core.transport import Channel
+from cake_core.waiting import Entry, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +41,6 @@ class LinkTiming:
 
 
 @dataclass(slots=True)
-class _Waiting:
-    since: float
-    pending: Pending | None = None
-    rows: tuple[Row, ...] = ()
-    future: Future[tuple[Message, memoryview]] | None = None
-
-    def fail(self, error: CakeError) -> None:
-        if self.pending is not None:
-            self.pending.fail(error)
-        if self.future is not None:
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True)
 class LinkCount:
     """Messages and bytes since the link came up, headers included."""
 
@@ -66,7 +53,7 @@ class LinkCount:
 Handler = Callable[["Link", Message, memoryview], None]
 Down = Callable[["Link", CakeError], None]
 
-_ANSWERS = frozenset({Type.ATTACHED, Type.LENGTH, Type.OUTPUT, Type.RESULT, Type.REPORT, Type.ERROR})
+_ANSWERS = frozenset({*ANSWERS.values(), Type.ERROR})
 
 
 class Link:
@@ -80,8 +67,9 @@ class Link:
         self._handler = handler
         self._on_down = on_down
         self._timing = timing or LinkTiming()
-        self._numbers = itertools.count(1)
-        self._waiting: dict[int, _Waiting] = {}
+        self.hops: set[bytes] = set()
+        """Tickets of the hand-overs to another worker that the peer keeps up for us."""
+        self._waiting = Waiting()
         self._lock = threading.Lock()
         self._down: CakeError | None = None
         self._last_sent = time.monotonic()
@@ -104,20 +92,38 @@ class Link:
     def forward(self, stage: int, batch: Batch) -> Pending:
         """Sends a batch; the answer's rows are the batch's own."""
         pending = Pending()
-        number = self._expect(_Waiting(time.monotonic(), pending=pending, rows=batch.rows))
+        number = self._waiting.add(Entry(time.monotonic(), Type.OUTPUT, pending, batch.rows))
         if number:
-            header, buffers = encode_batch(Type.FORWARD, number, batch, stage)
-            self._send_or_fail(header, buffers)
+            self.send_batch(number, batch, stage)
         else:
             pending.fail(self.reason())
         return pending
+
+    def send_batch(self, number: int, batch: Batch, stage: int, hops: int = 0) -> None:
+        """Sends a batch whose answer is awaited elsewhere: by `expect`, or by the master of a worker that passes it on."""
+        header, buffers = encode_batch(Type.FORWARD, number, batch, stage, hops)
+        self._send_or_fail(header, buffers)
+
+    def expect(self, number: int, pending: Pending, batch: Batch) -> None:
+        """Awaits the answer to a chain's request, which this peer or another may give; it fails when either link falls."""
+        if not self._waiting.add(Entry(time.monotonic(), Type.OUTPUT, pending, batch.rows), number):
+            pending.fail(self.reason())
+        else:
+            pending.when_done(lambda _: self._waiting.drop(number))
+
+    def part(self, ticket: bytes, error: CakeError) -> None:
+        """The peer has lost a hand-over: whatever crosses it is lost with it."""
+        if ticket in self.hops:
+            self.hops.discard(ticket)
+            for entry in self._waiting.take_chained():
+                entry.fail(error)
 
     def ask(
         self, kind: Type, fields: Mapping[str, Any] | None = None, stage: int = 0, buffers: Sequence[Buffer] = ()
     ) -> Future[tuple[Message, memoryview]]:
         """Sends a request that expects an answer; the future raises what the peer or the link failed with."""
         future: Future[tuple[Message, memoryview]] = Future()
-        number = self._expect(_Waiting(time.monotonic(), future=future))
+        number = self._waiting.add(Entry(time.monotonic(), ANSWERS[kind], future=future))
         if number:
             self._send_or_fail(encode(kind, number, fields, stage), buffers)
         else:
@@ -134,7 +140,7 @@ class Link:
         self._send_or_fail(encode(kind, request.request, fields, request.stage), buffers)
 
     def answer_batch(self, request: Message, tensors: Batch) -> None:
-        header, buffers = encode_batch(Type.OUTPUT, request.request, tensors, request.stage, request.step)
+        header, buffers = encode_batch(Type.OUTPUT, request.request, tensors, request.stage)
         self._send_or_fail(header, buffers)
 
     def answer_error(self, request: Message, error: BaseException) -> None:
@@ -153,14 +159,6 @@ class Link:
                 thread.join(timeout)
 
     # Inside
-
-    def _expect(self, waiting: _Waiting) -> int:
-        with self._lock:
-            if self._down is not None:
-                return 0
-            number = next(self._numbers) & 0xFFFFFFFF
-            self._waiting[number] = waiting
-            return number
 
     def reason(self) -> CakeError:
         """Why the link is down."""
@@ -207,8 +205,9 @@ class Link:
         if message.type not in _ANSWERS:
             self._handler(self, message, body)
             return
-        with self._lock:
-            waiting = self._waiting.pop(message.request, None)
+        waiting = self._waiting.take(message.request)
+        if waiting is None and message.request & CHAINED:
+            return  # a chain that was given up, or that another of its workers has answered for
         if message.type is Type.ERROR:
             error = error_from_fields(message.fields)
             if waiting is None:
@@ -216,10 +215,12 @@ class Link:
             waiting.fail(error)
         elif waiting is None:
             raise ProtocolError(f"an answer to request {message.request}, which was never asked")
-        elif waiting.pending is not None:
-            waiting.pending.set(Batch(waiting.rows, message.tensors(body)))
-        elif waiting.future is not None:
-            waiting.future.set_result((message, body))
+        elif waiting.answer is not message.type:
+            error = ProtocolError(f"{message.type.name} answers what asks for {waiting.answer.name}")
+            waiting.fail(error)
+            raise error
+        else:
+            waiting.complete(message, body)
 
     def _beat(self) -> None:
         timing = self._timing
@@ -227,9 +228,7 @@ class Link:
             now = time.monotonic()
             if now - self._last_sent >= timing.heartbeat / 2:
                 self._send_or_fail(encode(Type.ALIVE, 0), ())
-            with self._lock:
-                oldest = min((w.since for w in self._waiting.values()), default=now)
-            if now - oldest > timing.request:
+            if now - self._waiting.oldest(now) > timing.request:
                 self._fall(NodeLost(f"{self.name} has not answered a request for {timing.request:g} s; it is stuck"))
 
     def _fall(self, error: CakeError, abort: bool = True) -> None:
@@ -237,11 +236,11 @@ class Link:
             if self._down is not None:
                 return
             self._down = error
-            waiting, self._waiting = self._waiting, {}
+        waiting = self._waiting.close()
         self._ended.set()
         if abort:
             self.channel.abort()
         else:
             self.channel.close()
-        for entry in waiting.values():
+        for entry in waiting:
             entry.fail(error)

@@ -4,7 +4,7 @@ A message is a header and a body (`transport.Channel` moves both). The header is
 control messages, a small CBOR map without tags, or, for batches, fixed binary rows: a decode step costs no CBOR. The body
 is the raw bytes of the tensors the header lists, one after another. Everything is little-endian.
 
-    prefix   type u8 | stage u8 | rows u16 | request u32 | step u64
+    prefix   type u8 | stage u8 | rows u16 | request u32 | hops u64
     row      session u64 | position u32 | length u32 | sample u16 | top i16 | score_top u16 | flags u16
     flags    1 score | 2 hidden | 4 rewind
     tensor   name u8 | dtype u8 | dimensions u16 | each dimension u32
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -56,7 +56,28 @@ class Type(IntEnum):
     DRAINING = 14  # worker: I am leaving, send nothing new
     STATUS = 15
     REPORT = 16  # worker: answers STATUS
+    EXPECT = 32  # master: a worker will come with this ticket and hand this stage its batches
+    NEXT = 33  # master: hand this stage's output to the stage there, with this ticket
+    PEER = 34  # worker to worker: the ticket
+    READY = 35  # answers EXPECT, NEXT and PEER
+    PARTED = 36  # worker: the hand-over of this ticket is lost; no answer
 
+
+CHAINED = 1 << 31
+"""Bit of a request number that a master chose for a whole chain of workers, of whom the last answers."""
+
+ANSWERS: Mapping[Type, Type] = {
+    Type.ATTACH: Type.ATTACHED,
+    Type.OPEN: Type.LENGTH,
+    Type.TRUNCATE: Type.LENGTH,
+    Type.FORWARD: Type.OUTPUT,
+    Type.CALL: Type.RESULT,
+    Type.STATUS: Type.REPORT,
+    Type.EXPECT: Type.READY,
+    Type.NEXT: Type.READY,
+    Type.PEER: Type.READY,
+}
+"""What answers a request, unless an ERROR does."""
 
 _BATCHES = (Type.FORWARD, Type.OUTPUT)
 _PREFIX = struct.Struct("<BBHIQ")
@@ -86,6 +107,11 @@ _SCHEMAS: Mapping[Type, Mapping[str, Any]] = {
     Type.DRAINING: {},
     Type.STATUS: {},
     Type.REPORT: {"report": dict},
+    Type.EXPECT: {"ticket": bytes},
+    Type.NEXT: {"ticket": bytes, "host": str, "stage": int},
+    Type.PEER: {"ticket": bytes},
+    Type.READY: {},
+    Type.PARTED: {"ticket": bytes, "message": str},
 }
 
 
@@ -106,13 +132,14 @@ class TensorHead:
 class Message:
     """A decoded header: `fields` of a control message, `rows` of a batch, and what the body holds.
 
-    `stage` is the index among the stages that the worker serves for this master.
+    `stage` is the index among the stages that the worker serves for this master; `hops` is how often the output of a
+    FORWARD is handed to a further worker before it goes to the master.
     """
 
     type: Type
     request: int
     stage: int = 0
-    step: int = 0
+    hops: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
     heads: tuple[TensorHead, ...] = ()
@@ -141,9 +168,9 @@ def encode(kind: Type, request: int, body: Mapping[str, Any] | None = None, stag
     return header
 
 
-def encode_batch(kind: Type, request: int, batch: Batch, stage: int = 0, step: int = 0) -> tuple[bytes, list[Buffer]]:
+def encode_batch(kind: Type, request: int, batch: Batch, stage: int = 0, hops: int = 0) -> tuple[bytes, list[Buffer]]:
     """Header and buffers of a FORWARD or OUTPUT."""
-    parts = [_PREFIX.pack(kind, stage, len(batch.rows), request, step)]
+    parts = [_PREFIX.pack(kind, stage, len(batch.rows), request, hops)]
     for row in batch.rows:
         want = row.want
         flags = want.score | want.hidden << 1 | row.rewind << 2
@@ -170,17 +197,17 @@ def decode(header: bytes) -> Message:
     """Raises ProtocolError for anything that is not exactly one of our messages."""
     if not _PREFIX.size <= len(header) <= MAX_HEADER:
         raise ProtocolError(f"a header of {len(header)} bytes")
-    code, stage, rows, request, step = _PREFIX.unpack_from(header)
+    code, stage, rows, request, hops = _PREFIX.unpack_from(header)
     try:
         kind = Type(code)
     except ValueError:
         raise ProtocolError(f"unknown message type {code}") from None
     if kind in _BATCHES:
         decoded, heads = _decode_batch(kind, header, rows)
-        return Message(kind, request, stage, step, rows=decoded, heads=heads)
+        return Message(kind, request, stage, hops, rows=decoded, heads=heads)
     values = _decode_fields(kind, header[_PREFIX.size :])
     listed = _listed_heads(values) if kind in (Type.CALL, Type.RESULT) else ()
-    return Message(kind, request, stage, step, values, heads=listed)
+    return Message(kind, request, stage, hops, values, heads=listed)
 
 
 def _decode_batch(kind: Type, header: bytes, count: int) -> tuple[tuple[Row, ...], tuple[TensorHead, ...]]:
@@ -240,36 +267,3 @@ def _listed_heads(values: Mapping[str, Any]) -> tuple[TensorHead, ...]:
     if len({head.name for head in heads}) < len(heads):
         raise ProtocolError("a tensor is listed twice")
     return tuple(heads)
-
-
-class BodyReader:
-    """The `allocate` of one channel's reader: decodes the header, checks it against the body's length and the limit, and
-    keeps the decoded message so that nothing is decoded twice."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._decoded: Message | None = None
-
-    def allocate(self, header: bytes, length: int) -> memoryview:
-        message = decode(header)
-        if length != message.body_length:
-            raise ProtocolError(f"{message.type.name}: shapes need {message.body_length} bytes, {length} were declared")
-        if length > self.limit:
-            raise ProtocolError(f"{message.type.name}: a body of {length} bytes, over the limit of {self.limit}")
-        self._decoded = message
-        return memoryview(bytearray(length))
-
-    def message(self, header: bytes) -> Message:
-        """The message of a header that `receive` returned."""
-        message, self._decoded = self._decoded, None
-        if message is None:
-            message = decode(header)
-            if message.body_length:
-                raise ProtocolError(f"{message.type.name}: its body is missing")
-        return message
-
-
-def split_buffers(message: Message, body: Buffer, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of a body in two groups: those listed in `names`, and the others."""
-    tensors = message.tensors(body)
-    return {n: t for n, t in tensors.items() if n in names}, {n: t for n, t in tensors.items() if n not in names}

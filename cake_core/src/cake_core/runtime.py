@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
 from cake_core.cluster import Dial, Expectation, NodeStatus, RemoteNode, describe_missing
 from cake_core.engine.drafter import load_drafter
@@ -45,6 +46,7 @@ class RunSpec:
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.
         speculation: how tokens are guessed, None for not at all. draft: a model to guess with, loaded on this node.
         limits: None for what fits the placement.
+        route: whether workers answer the master (star) or hand over to one another (chain); auto: where they can.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +60,7 @@ class RunSpec:
     speculation: Speculation | None = None
     draft: Checkpoint | None = None
     limits: Limits | None = None
+    route: Way = "auto"
     timing: LinkTiming | None = None
     progress: NodeProgress | None = None
 
@@ -222,7 +225,9 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
                 indices[span.node] = index + 1
                 stages.append(RemoteStage(nodes[span.node], index, span.layers))
         tokenizer = backend.tokenizer(spec.checkpoint)
-        pipeline = Pipeline(stages, spec.wire_dtype)
+        router = Router(stages, spec.route, {node.name: node.host for node in spec.topology.nodes})
+        pipeline = Pipeline(stages, spec.wire_dtype, router)
+        router.require(pipeline.route())
         speculator = Speculator(spec.speculation) if spec.speculation else None
         if speculator is not None and spec.draft is not None:
             speculator.drafter = load_drafter(plugins, spec.draft, spec.options, tokenizer)

@@ -6,13 +6,13 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 from cake_core.codec import spec_to_fields
 from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, RewindError, StageError
 from cake_core.link import Link
-from cake_core.model import Batch, Buffer, Component, Memory, Pending, SessionSpec, Tensor, TextStage
+from cake_core.model import Batch, Buffer, Memory, Pending, SessionSpec, Tensor, TextStage
 from cake_core.protocol import Message, Type, tensor_fields
 
 
@@ -22,6 +22,9 @@ class Stage(Protocol):
     node: str
     layers: tuple[str, ...]
     runs_ahead: bool
+
+    def bound(self) -> Stage:
+        """The stage as it is reached now: for good or, over a link, until that falls. Raises NodeError when there is none."""
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int: ...
 
@@ -43,6 +46,9 @@ class LocalStage:
         self.runs_ahead = bool(getattr(stage, "runs_ahead", False))
         self._stage = stage
         self._lock = threading.Lock()
+
+    def bound(self) -> LocalStage:
+        return self
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         with self._lock:
@@ -113,44 +119,60 @@ def _answer(future: Future[tuple[Message, memoryview]], node: str) -> Message:
 
 class RemoteStage:
     """Contiguous layers on a worker. Opening an empty session and closing one cost no round trip: an error of theirs comes
-    with the next batch, which the worker serves after them."""
+    with the next batch, which the worker serves after them. `link` None: whichever link the peer has at each call."""
 
-    def __init__(self, peer: Peer, index: int, layers: tuple[str, ...]) -> None:
+    def __init__(self, peer: Peer, index: int, layers: tuple[str, ...], link: Link | None = None) -> None:
         self.node = peer.name
         self.layers = layers
         self.runs_ahead = False
+        self.index = index
         self._peer = peer
-        self._index = index
-        self._opened_over: dict[int, Link] = {}
+        self._link = link
+        self._opening: list[Future[tuple[Message, memoryview]]] = []
+
+    @property
+    def link(self) -> Link:
+        """Raises NodeError when there is none."""
+        return self._link or self._peer.link()
+
+    def bound(self) -> RemoteStage:
+        return RemoteStage(self._peer, self.index, self.layers, self._peer.link())
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         fields = {"session": session, "spec": spec_to_fields(spec), "parent": parent, "length": length}
-        link = self._opened_over[session] = self._peer.link()
         if parent is None:
-            link.tell(Type.OPEN, fields, self._index)
+            self.link.tell(Type.OPEN, fields, self.index)
             return 0
-        message = _answer(link.ask(Type.OPEN, fields, self._index), self.node)
+        message = _answer(self.link.ask(Type.OPEN, fields, self.index), self.node)
         return int(message.fields["length"])
+
+    def open_early(self, session: int, spec: SessionSpec) -> None:
+        """As `open` of an empty session, but `settle` can tell when it is open: its batches come another way."""
+        fields = {"session": session, "spec": spec_to_fields(spec), "parent": None, "length": 0}
+        self._opening.append(self.link.ask(Type.OPEN, fields, self.index))
+
+    def settle(self) -> None:
+        """Waits for what was opened early. One that failed is told by its first batch."""
+        if not self._opening:
+            return
+        opening, self._opening = self._opening, []
+        if wait(opening, CONTROL_TIMEOUT).not_done:
+            raise NodeLost(f"{self.node} has not answered for {CONTROL_TIMEOUT:g} s; it is stuck", self.node)
 
     def submit(self, batch: Batch) -> Pending:
         try:
-            link = self._peer.link()
+            return self.link.forward(self.index, batch)
         except CakeError as error:
             return _failed(error)
-        if any(self._opened_over.get(row.session) is not link for row in batch.rows):
-            # It was under way on another stage while this node was lost and came back, which took the session with it.
-            return _failed(NodeLost(f"{self.node} was lost and is back without the sessions it had", self.node))
-        return link.forward(self._index, batch)
 
     def truncate(self, session: int, length: int) -> int:
         fields = {"session": session, "length": length}
-        message = _answer(self._peer.link().ask(Type.TRUNCATE, fields, self._index), self.node)
+        message = _answer(self.link.ask(Type.TRUNCATE, fields, self.index), self.node)
         return int(message.fields["length"])
 
     def close(self, session: int) -> None:
-        self._opened_over.pop(session, None)
         try:
-            self._peer.link().tell(Type.CLOSE, {"session": session}, self._index)
+            self.link.tell(Type.CLOSE, {"session": session}, self.index)
         except NodeError:
             return  # a node that is gone holds no session of ours any more
 
@@ -256,6 +278,3 @@ def content_id(tensor: Tensor) -> bytes:
     digest = hashlib.blake2b(f"{tensor.dtype}{tensor.shape}".encode(), digest_size=16)
     digest.update(tensor.data)
     return digest.digest()
-
-
-__all__ = ["Component", "LocalStage", "Peer", "RemoteComponent", "RemoteStage", "Stage", "content_id"]

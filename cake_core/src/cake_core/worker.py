@@ -11,12 +11,14 @@ import platform
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from cake_core import __version__
 from cake_core.checkpoint import Checkpoint
-from cake_core.errors import CakeError, ConfigError, TransportError
+from cake_core.errors import CakeError, ConfigError, StageError, TransportError
 from cake_core.guest import Guest
+from cake_core.hops import Dial, Forward, Hops
 from cake_core.link import Link, LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
@@ -56,12 +58,22 @@ class ChannelSource(Protocol):
 
 
 class Worker:
-    """Load it, then give it a gate to serve. One made for a BareSpec waits for a master to assign layers."""
+    """Load it, then give it a gate to serve. One made for a BareSpec waits for a master to assign layers.
 
-    def __init__(self, plugins: Plugins, spec: WorkerSpec | BareSpec, timing: LinkTiming | None = None) -> None:
+    `dial` reaches the next worker of a chain; without it there is none.
+    """
+
+    def __init__(
+        self,
+        plugins: Plugins,
+        spec: WorkerSpec | BareSpec,
+        timing: LinkTiming | None = None,
+        dial: Dial | None = None,
+    ) -> None:
         self.name = spec.name
         self.serving: Serving | None = _planned(plugins, spec) if isinstance(spec, WorkerSpec) else None
         self._timing = timing
+        self._dial = dial
         self._guests: set[Guest] = set()
         self._lock = threading.Lock()
         self._draining = False
@@ -90,6 +102,7 @@ class Worker:
         guest = Guest(self)
         link = Link(channel, f"master at {channel.peer}", guest.handle, self._gone, self._timing)
         guest.link = link
+        guest.hops = Hops(link, self._dial, self._timing or LinkTiming())
         with self._lock:
             self._guests.add(guest)
         log.info("%s connected", channel.peer)
@@ -103,6 +116,16 @@ class Worker:
             self._guests.difference_update(guests)
         for guest in guests:
             guest.release()
+
+    def claim(self, ticket: bytes, link: Link) -> Forward:
+        """Who takes the batches that come over `link` with this ticket. Raises StageError for one that nobody gave."""
+        with self._lock:
+            guests = list(self._guests)
+        for guest in guests:
+            stage = guest.hops.claim(ticket, link)
+            if stage is not None:
+                return partial(guest.take_over, stage)
+        raise StageError(f"{self.name} expects nobody with that ticket")
 
     @property
     def sessions(self) -> int:

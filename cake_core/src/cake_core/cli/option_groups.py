@@ -12,6 +12,9 @@ from cake_core.cli.sections import F, option
 MODEL_TYPES = {"text": "text", "image": "image", "text-model": "text", "image-model": "image"}
 """What `--model-type` takes, the seed's names among them."""
 
+ROUTES = ("auto", "star", "chain")
+"""Workers answer the master, or hand over to one another; auto: hand over where they can reach one another."""
+
 SD_VERSIONS = ("v1-5", "v2-1", "xl", "turbo")
 
 MODEL, LOADING, CLUSTER, GUESSING, IMAGES = "Model", "Loading", "Cluster", "Speculation", "Image models"
@@ -42,6 +45,7 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
         option(CLUSTER, "--wire-dtype", default="auto", metavar="D", help="Dtype of activations on the network."),
+        option(CLUSTER, "--route", type=click.Choice(ROUTES), default="auto", help="How batches go between workers."),
     ),
     "guessing": (
         option(

@@ -17,6 +17,7 @@ from cake_core.cli.option_groups import GROUPS, MODEL_TYPES
 from cake_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from cake_core.chain import Way
     from cake_core.checkpoint import Checkpoint
     from cake_core.connect import Connector, Keyring
     from cake_core.engine.speculation import Speculation
@@ -59,6 +60,7 @@ class ModelFlags:
     wire_dtype: str = "auto"
     speculate: str = "auto"
     draft: str | None = None
+    route: str = "auto"
     sd: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -139,6 +141,7 @@ class ModelFlags:
             wire_dtype="" if self.wire_dtype == "auto" else self.wire_dtype,
             speculation=self.speculation(),
             draft=None if self.draft is None else plugins.resolve(self.draft),
+            route=cast("Way", self.route),
             progress=progress,
         )
 

@@ -41,15 +41,15 @@ def worker(name: str | None, address: str, join: str | None, drain: float, flags
 
     A folder made by `cake split-model` brings its own topology: --model is enough.
     """
-    from cake_core.connect import open_gate
+    from cake_core.connect import Connector, open_gate
     from cake_core.transport import Address
     from cake_core.worker import Worker, WorkerSpec
 
     plugins = current_app().plugins
     topology = own_topology(flags)
     spec = WorkerSpec(flags.checkpoint(plugins), topology, own_name(name, topology), flags.load_options(), flags.kind)
-    served = Worker(plugins, spec)
     where, keyring = Address.parse(join or address), flags.keyring()
+    served = Worker(plugins, spec, dial=Connector(plugins, keyring).dial)
     if join is None:
         # A port that is taken must be told before minutes of loading, but nobody is let in before they are over.
         plugins.transport(where.scheme).listen(where, None).close()

@@ -3,88 +3,112 @@ thread, or the thread that read a worker's answer."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
-from cake_core.errors import CakeError, StageError
-from cake_core.model import Batch, Memory, Pending, SessionSpec, Tensor
+from cake_core.chain import Route, Router
+from cake_core.errors import CakeError, NodeLost, StageError
+from cake_core.model import Batch, Memory, Pending, SessionSpec
+from cake_core.stage_inputs import carried
 from cake_core.stages import Stage
 
-EMBED = "model.embed_tokens"
-HEAD = "lm_head"
+log = logging.getLogger(__name__)
 
 Done = Callable[[Batch | None, CakeError | None], None]
 
 
 class Pipeline:
-    """Runs batches through all stages. Stages serve in order, so batches do not overtake one another."""
+    """Runs batches through all stages. Stages serve in order, so batches do not overtake one another.
 
-    def __init__(self, stages: Sequence[Stage], wire_dtype: str = "") -> None:
+    A session lives on the route that it was opened over, and is lost with it: then it has to be opened again, over the next
+    one. Everything but `done` happens in one thread.
+    """
+
+    def __init__(self, stages: Sequence[Stage], wire_dtype: str = "", router: Router | None = None) -> None:
         self.stages = tuple(stages)
         self.wire_dtype = wire_dtype
         self.runs_ahead = len(self.stages) == 1 and self.stages[0].runs_ahead
-        self._wants_tokens = [EMBED in s.layers or HEAD in s.layers for s in self.stages]
-        self._has_head = [HEAD in s.layers for s in self.stages]
+        self._router = router or Router(self.stages, "star")
+        self._route: Route | None = None
+        self._routes: dict[int, Route] = {}
+
+    def route(self) -> Route:
+        """The way that batches go now. Raises NodeError when a node has no link."""
+        if self._route is None or not self._route.up:
+            self._route = self._router.route()
+            log.info("batches go this way: %s", self._route)
+        return self._route
 
     def submit(self, batch: Batch, done: Done) -> None:
         """Sends a batch on its way; `done(result, error)` is called once, from whichever thread completes it."""
-        self._run(0, batch, batch, done)
+        try:
+            route = self._route_of([row.session for row in batch.rows])
+            for leg in route.legs:
+                leg.settle()
+        except CakeError as error:
+            done(None, error)
+        else:
+            self._run(route, 0, batch, batch, done)
 
-    def _run(self, index: int, batch: Batch, origin: Batch, done: Done) -> None:
-        while index < len(self.stages):
-            pending = self.stages[index].submit(batch)
+    def _run(self, route: Route, index: int, batch: Batch, origin: Batch, done: Done) -> None:
+        while index < len(route.legs):
+            pending = route.legs[index].submit(batch)
+            index += 1
             if not pending.done():
-                pending.when_done(partial(self._continue, index + 1, origin, done))
+                pending.when_done(partial(self._continue, route, index, origin, done))
                 return
             try:
-                batch = self._following(index, pending.result(), origin)
+                batch = _following(route, index, pending.result(), origin)
             except Exception as error:
                 done(None, _expected(error))
                 return
-            index += 1
         done(batch, None)
 
-    def _continue(self, index: int, origin: Batch, done: Done, pending: Pending) -> None:
+    def _continue(self, route: Route, index: int, origin: Batch, done: Done, pending: Pending) -> None:
         try:
-            batch = self._following(index - 1, pending.result(), origin)
+            batch = _following(route, index, pending.result(), origin)
         except Exception as error:
             done(None, _expected(error))
             return
-        self._run(index, batch, origin, done)
-
-    def _following(self, index: int, result: Batch, origin: Batch) -> Batch:
-        """What the stage after `index` gets: the hidden states, and tokens and targets where they are used."""
-        if index + 1 == len(self.stages):
-            return result
-        tensors: dict[str, Tensor] = {"hidden": result.tensors["hidden"]}
-        if self._wants_tokens[index + 1]:
-            tensors["tokens"] = origin.tensors["tokens"]
-        if self._has_head[index + 1] and "targets" in origin.tensors:
-            tensors["targets"] = origin.tensors["targets"]
-        return Batch(origin.rows, tensors)
+        self._run(route, index, batch, origin, done)
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         """Opens a session on every stage; returns the positions that all of them really have.
 
         A stage that kept more than another is cut back, so they agree.
         """
-        kept = [stage.open(session, spec, parent, length) for stage in self.stages]
+        route = self.route()
+        if parent is not None and self._routes.get(parent) is not route:
+            raise NodeLost("the session to start from was lost with a node, or with a link between two")
+        self._routes[session] = route
+        kept = list(chain.from_iterable(leg.open(session, spec, parent, length) for leg in route.legs))
         return self._agree(session, kept)
 
     def truncate(self, session: int, length: int) -> int:
-        kept = [stage.truncate(session, length) for stage in self.stages]
+        kept = [stage.truncate(session, length) for stage in self._route_of([session]).stages]
         return self._agree(session, kept)
 
     def _agree(self, session: int, kept: list[int]) -> int:
         least = min(kept)
         if any(length != least for length in kept):
-            again = [stage.truncate(session, least) for stage in self.stages]
+            again = [stage.truncate(session, least) for stage in self._route_of([session]).stages]
             return least if set(again) == {least} else self._agree(session, again)
         return least
 
     def close(self, session: int) -> None:
-        for stage in self.stages:
+        route = self._routes.pop(session, None)
+        for stage in route.stages if route is not None else ():
             stage.close(session)
+
+    def _route_of(self, sessions: Sequence[int]) -> Route:
+        """The one route that all of these live on. Raises NodeLost when there is none any more."""
+        routes = {self._routes.get(session) for session in sessions}
+        route = routes.pop()
+        if routes or route is None or not route.up:
+            raise NodeLost("what was computed so far was lost with a node, or with a link between two")
+        return route
 
     def memory(self) -> list[Memory]:
         return [stage.memory() for stage in self.stages]
@@ -92,6 +116,13 @@ class Pipeline:
     def kv_tokens(self) -> int:
         """Positions of KV cache on the tightest stage that has one; 0 when none has."""
         return min((m.kv_tokens for m in self.memory() if m.kv_tokens), default=0)
+
+
+def _following(route: Route, index: int, result: Batch, origin: Batch) -> Batch:
+    """What leg `index` is given: the hidden states of the one before, and the batch's tokens and targets again."""
+    if index == len(route.legs):
+        return result
+    return Batch(origin.rows, {"hidden": result.tensors["hidden"], **carried(origin.tensors)})
 
 
 def _expected(error: Exception) -> CakeError:

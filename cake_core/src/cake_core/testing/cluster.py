@@ -92,7 +92,7 @@ class LocalCluster:
     def start(self, name: str, checkpoint: Checkpoint | None = None, options: LoadOptions | None = None) -> Worker:
         """Starts (again) the worker `name`, at the same address as before."""
         spec = WorkerSpec(checkpoint or self.checkpoint, self.topology, name, options or self.options)
-        worker = Worker(self.plugins, spec, self.timing)
+        worker = Worker(self.plugins, spec, self.timing, self.dial_peer)
         worker.load()
         listener = self._listeners.pop(name, None) or self._listen_again(name)
         self.workers[name] = worker
@@ -106,6 +106,10 @@ class LocalCluster:
         self.workers.pop(name).shutdown()
 
     def dial(self, address: Address, timeout: float) -> Channel:
+        return self.transport.dial(address, None, timeout)
+
+    def dial_peer(self, address: Address, timeout: float) -> Channel:
+        """How a worker reaches the next one of a chain."""
         return self.transport.dial(address, None, timeout)
 
     def spec(self, **changes: Any) -> RunSpec:
