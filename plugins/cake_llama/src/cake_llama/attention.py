@@ -47,12 +47,14 @@ class RowPlan:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the layers share in one step: rows, slots to write, angles."""
+    """What the layers share in one step: rows, slots to write, angles. `drawn`: a token is drawn after every position, as in
+    decode steps with and without guesses."""
 
     rows: Sequence[RowPlan]
     slots: Tensor
     cos: Tensor
     sin: Tensor
+    drawn: bool = False
 
 
 def attend(plan: StepPlan, cache: KvCache, layer: int, qkv: Tensor, window: int | None) -> Tensor:

@@ -244,4 +244,5 @@ class LlamaStage:
             lengths += [max(step.session.spec.prompt_length, position + 1) for position in own]
         at = torch.tensor(positions, device=self._device)
         angles = self._rotary.angles(at, torch.tensor(lengths, device=self._device))
-        return StepPlan(rows, torch.tensor(slots, device=self._device), *for_rotation(*angles, self._dtype))
+        drawn = all(step.row.want.sample == step.row.length for step in steps)
+        return StepPlan(rows, torch.tensor(slots, device=self._device), *for_rotation(*angles, self._dtype), drawn)

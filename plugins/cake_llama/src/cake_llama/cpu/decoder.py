@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 DECODE_ROWS = 16
 """Positions up to which a whole step in C is faster than the model's own code."""
+GUESSED_ROWS = 128
+"""The same where positions are guesses: up to here exactness is worth a little, for a step in C gives each position what it
+would give it alone, to the last bit, and so the same text."""
 
 KV_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -114,6 +117,7 @@ class NativeParts(Parts):
     decoder: Decoder = field(kw_only=True)
 
     def through_blocks(self, hidden: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
-        if len(hidden) <= DECODE_ROWS:
+        guessed = plan.drawn and len(hidden) > len(plan.rows)
+        if len(hidden) <= (GUESSED_ROWS if guessed else DECODE_ROWS):
             return self.decoder(hidden, plan)
         return Parts.through_blocks(self, hidden, plan, cache)
