@@ -16,12 +16,17 @@ import pytest
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError, ConfigError, TopologyError
+from cake_core.events import TokenEvent
 from cake_core.formats import subset
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.formats.gguf import GgufCheckpoint
 from cake_core.model import Layer, LoadOptions, ModelInfo
+from cake_core.plugins import Plugins
+from cake_core.requests import TextRequest
 from cake_core.resolve import resolve
 from cake_core.split import split
+from cake_core.testing.cluster import LocalCluster
+from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toy_gguf import write_toy_gguf
 from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
 from cake_core.topology import Topology, load_topology, parse_topology
@@ -93,6 +98,49 @@ def test_a_worker_loads_from_its_bundle_alone(toy: Checkpoint, tmp_path: Path) -
     stage = backend.load(checkpoint, info, ["lm_head"], LoadOptions())
     assert stage.layers == ("lm_head",)
     stage.shutdown()
+
+
+def test_a_master_with_nothing_to_compute_gets_a_bundle_without_weights(toy: Checkpoint, tmp_path: Path) -> None:
+    info = describe(toy)
+    names = [layer.name for layer in info.layers]
+    layers = {"one": names[:3], "two": names[3:]}
+    topology = parse_topology({name: {"host": "h:1", "layers": found} for name, found in layers.items()})
+    *_, bundle = split(toy, info, topology, tmp_path / "out")
+    assert (bundle.node, bundle.layers, bundle.tensors, bundle.nbytes) == ("master", (), 0, 0)
+    assert sorted(path.name for path in (bundle.folder / "model").iterdir()) == ["absent.json", "config.json", "tokenizer.json"]
+    assert load_topology(bundle.folder / "topology.yml").nodes == topology.nodes
+    with LocalCluster(Plugins(entries=()), toy, MemoryTransport(), layers) as cluster:
+        expected, got = (_answer(cluster, model) for model in (toy, resolve(str(bundle.folder))))
+    assert expected == got
+    assert len(got) == 5
+
+
+def _answer(cluster: LocalCluster, model: Checkpoint | None) -> list[int]:
+    assert model is not None
+    cluster.checkpoint = model
+    events = cluster.open_text().engine.generate(TextRequest((5, 6, 7), max_tokens=5, ignore_eos=True))
+    return [event.token for event in events if isinstance(event, TokenEvent)]
+
+
+def test_what_stays_with_the_master_is_split_when_asked_for(toy: Checkpoint, tmp_path: Path) -> None:
+    (bundle,) = split(toy, describe(toy), TOPOLOGY, tmp_path, ["master"])
+    assert (bundle.folder, bundle.layers) == (tmp_path / "master-node", ("model.layers.3", "model.norm"))
+    opened = resolve(str(bundle.folder))
+    assert opened is not None
+    assert set(opened.tensors) == {name for layer in bundle.layers for name in describe(toy).layer(layer).tensors}
+
+
+def test_a_single_file_takes_nothing_along_that_lies_beside_it(toy: Checkpoint, tmp_path: Path) -> None:
+    """A file without configuration is one among others in a folder of downloads."""
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    shutil.copy(toy.path / "model.safetensors", downloads / "one.safetensors")
+    (downloads / "letter.txt").write_text("dear")
+    single = resolve(str(downloads / "one.safetensors"))
+    assert single is not None
+    (bundle,) = split(single, describe(toy), TOPOLOGY, tmp_path / "out", ["one"])
+    names = sorted(path.name for path in (bundle.folder / "model").iterdir())
+    assert names == ["absent.json", "model.safetensors.index.json", "reduced.safetensors"]
 
 
 GGUF_TENSORS = {
@@ -238,8 +286,12 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from cake_core.model import Layer, ModelInfo
+from cake_core.plugins import Plugins
+from cake_core.requests import TextRequest
 from cake_core.resolve import resolve
 from cake_core.split import split
+from cake_core.testing.cluster import LocalCluster
+from cake_core.testing.memory import MemoryTransport
 from cake_core.topology import parse_topology
 checkpoint = resolve(sys.argv[1])
 info = ModelInfo("b", "text", "m", "a", (Layer("lm_head", 1, tuple(checkpoint.tensors)),))

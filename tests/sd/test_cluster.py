@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cake_core.connect import Connector, Keyring
 from cake_core.events import ImageDone, ImageStep
@@ -23,11 +25,9 @@ from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.requests import ImageRequest
 from cake_core.runtime import ImageRuntime, RunSpec, open_image
-from cake_core.split import split
 from cake_core.testing.cluster import LocalCluster
 from cake_core.topology import parse_topology
 from cake_sd import hooks
-from cake_sd.backend import SdBackend
 
 FAMILIES = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux", "pixart")
 REQUEST = ImageRequest("a red apple", width=64, height=48, steps=3, seed=7)
@@ -79,44 +79,17 @@ def test_a_loop_beside_the_denoiser_over_tcp(model: Any) -> None:
         assert _paint(runtime) == expected
 
 
-def test_bundles_and_a_weightless_master_are_enough(kit: Any, model: Any, tmp_path: Path) -> None:
-    folder, plugins, options = model("sd15"), _plugins(), LoadOptions(dtype="f32", device="cpu")
-    whole = DiffusersCheckpoint(folder)
-    layers = {"w0": ["unet"], "w1": ["clip", "vae"]}
-    topology = parse_topology({name: {"host": "127.0.0.1:1", "layers": found} for name, found in layers.items()})
-    split(whole, SdBackend().describe(whole, options), topology, tmp_path / "out")
-    bundles = {name: DiffusersCheckpoint(tmp_path / f"out/{name}-node/model") for name in layers}
-    assert not list((tmp_path / "out/w0-node").rglob("vae/*.safetensors"))
-    bare = DiffusersCheckpoint(kit.weightless(folder, tmp_path / "bare"))
-    with LocalCluster(plugins, whole, plugins.transports["tcp"], layers, options) as cluster:
-        expected = _paint(cluster.open_image())
-        for name, bundle in bundles.items():
-            cluster.stop(name)
-            cluster.start(name, bundle)
-        cluster.checkpoint = bare
-        assert _paint(cluster.open_image(wait=20.0)) == expected
-
-
 class _Worker:
-    """`cake worker` in a process of its own."""
+    """`cake worker` in a process of its own: `layer` of `folder`, or what a bundle says when no layer is named."""
 
-    def __init__(self, folder: Path, home: Path, name: str, layer: str) -> None:
+    def __init__(self, folder: Path, home: Path, name: str, layer: str = "") -> None:
         self.name, self.layer = name, layer
-        topology = home / f"{name}.yml"
-        topology.write_text(f"{name}:\n  host: 127.0.0.1:1\n  layers: [{layer}]\n")
-        command = [
-            sys.executable,
-            "-m",
-            "cake_core",
-            "worker",
-            "--model",
-            str(folder),
-            "--model-type",
-            "image",
-            "--device",
-            "cpu",
-        ]
-        command += ["--dtype", "f32", "--topology", str(topology), "--name", name, "--address", "127.0.0.1:0", "--insecure"]
+        command = [sys.executable, "-m", "cake_core", "worker", "--model", str(folder), "--model-type", "image"]
+        command += ["--device", "cpu", "--dtype", "f32", "--name", name, "--address", "127.0.0.1:0", "--insecure"]
+        if layer:
+            topology = home / f"{name}.yml"
+            topology.write_text(f"{name}:\n  host: 127.0.0.1:1\n  layers: [{layer}]\n")
+            command += ["--topology", str(topology)]
         environment = {**os.environ, "CAKE_PLUGINS": "sd,tcp", "OMP_NUM_THREADS": "1", "CAKE_CONFIG_DIR": str(home)}
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self._ready = threading.Event()
@@ -163,10 +136,13 @@ def workers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         worker.end()
 
 
+def _entries(chosen: list[_Worker]) -> dict[str, Any]:
+    return {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": [worker.layer]} for worker in chosen}
+
+
 @contextmanager
-def _master(folder: Path, chosen: list[_Worker], **extra: Any) -> Iterator[ImageRuntime]:
+def _master(folder: Path, entries: dict[str, Any], **extra: Any) -> Iterator[ImageRuntime]:
     plugins = _plugins()
-    entries = {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": [worker.layer]} for worker in chosen}
     keyring = Keyring(None, folder, True, lambda _key: None)
     options = LoadOptions(dtype="f32", device="cpu", extra=extra)
     dial = Connector(plugins, keyring).dial
@@ -184,7 +160,7 @@ def test_every_split_over_real_processes(kit: Any, model: Any, workers: dict[str
     expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3)
     for count in (1, 2, 3, 4):
         for names in itertools.combinations(workers, count):
-            with _master(folder, [workers[name] for name in names]) as runtime:
+            with _master(folder, _entries([workers[name] for name in names])) as runtime:
                 assert _paint(runtime) == expected, f"split over {names}"
 
 
@@ -194,7 +170,7 @@ def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model
     request = ImageRequest("a red apple", width=64, height=48, steps=12, seed=7)
     expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=12)
     painted: list[bytes] = []
-    with _master(folder, list(workers.values())) as runtime:
+    with _master(folder, _entries(list(workers.values()))) as runtime:
         for event in runtime.engine.generate(request):
             if isinstance(event, ImageStep) and event.step == 4:
                 workers["w0"].end(signal.SIGKILL)
@@ -202,3 +178,26 @@ def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model
                 painted.append(event.rgb)
         assert painted == expected
         assert {node.name: node.state for node in runtime.nodes()}["w3"] == "up"
+
+
+@pytest.mark.timeout(240)
+def test_bundles_are_enough_for_worker_processes_and_their_master(kit: Any, model: Any, tmp_path: Path) -> None:
+    """The model is split and gone: each worker has its component's folder, the master not a single weight."""
+    folder = Path(shutil.copytree(model("sd15"), tmp_path / "model"))
+    layers = {"w0": ["unet"], "w1": ["clip", "vae"]}
+    topology, out = tmp_path / "topology.yml", tmp_path / "out"
+    topology.write_text(yaml.safe_dump({name: {"host": "127.0.0.1:1", "layers": found} for name, found in layers.items()}))
+    command = ["split-model", "--model", str(folder), "--topology", str(topology), "--output", str(out)]
+    subprocess.run([sys.executable, "-m", "cake_core", *command], env={**os.environ, "CAKE_PLUGINS": "sd,tcp"}, check=True)
+    expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3)
+    shutil.rmtree(folder)
+    held = {name: {path.parent.name for path in (out / f"{name}-node").rglob("*.safetensors")} for name in (*layers, "master")}
+    assert held == {"w0": {"unet"}, "w1": {"text_encoder", "vae"}, "master": set()}
+    started = [_Worker(out / f"{name}-node", tmp_path, name) for name in layers]
+    try:
+        entries = {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": layers[worker.name]} for worker in started}
+        with _master(out / "master-node/model", entries) as runtime:
+            assert _paint(runtime) == expected
+    finally:
+        for worker in started:
+            worker.end()

@@ -147,7 +147,7 @@ class SafetensorsCheckpoint(Checkpoint):
         index = self.json("model.safetensors.index.json")
         if index is None:
             files = sorted(self.path.glob("*.safetensors"))
-            if not files:
+            if not files and not (self.path / ABSENT).is_file():
                 raise CheckpointError(f"{self.path} has no *.safetensors file; `cake pull` downloads a model")
             return files
         weight_map = index.get("weight_map")

@@ -1,10 +1,11 @@
-"""Cuts a model into bundles: for each worker a folder it can be started on as it is.
+"""Cuts a model into bundles: for each worker a folder it can be started on as it is, and one for the master.
 
 ::
 
     OUTPUT/NAME-node/topology.yml     the worker's part of the topology
     OUTPUT/NAME-node/model/           its tensors at their own width, configuration, tokenizer,
                                       and absent.json, the headers of the model's other tensors
+    OUTPUT/master-node/               the same for the master: the whole topology, and what no worker has
 
 Bytes are copied piece by piece, never converted, and a bundle appears under its name only when it is whole.
 """
@@ -25,7 +26,7 @@ from cake_core.formats.gguf import GgufCheckpoint
 from cake_core.formats.subset import Copied, write_gguf, write_safetensors
 from cake_core.model import ModelInfo, Progress
 from cake_core.placement import Placement, place
-from cake_core.topology import Node, Topology, compress
+from cake_core.topology import MASTER, Node, Topology, compress
 
 SUFFIX = "-node"
 PARTIAL = ".partial"
@@ -40,7 +41,7 @@ _SIDE_LIMIT = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """One worker's folder: `nbytes` of `tensors` tensors for `layers`."""
+    """One node's folder: `nbytes` of `tensors` tensors for `layers`."""
 
     node: str
     folder: Path
@@ -57,7 +58,8 @@ def split(
     workers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Bundle]:
-    """Writes one bundle for each of `workers`, or for every node of the topology.
+    """Writes one bundle for each of `workers` (`master` may be among them), or for every node of the topology, and then for
+    the master too when nothing but configuration and tokenizers stays with it.
 
     Everything is checked before anything is written; a bundle that fails half-way is removed.
 
@@ -67,10 +69,12 @@ def split(
         CheckpointError: the model cannot be read, or the disk is full.
     """
     placement = place(model, topology)
-    nodes = [topology.node(name) for name in workers] if workers else list(topology.nodes)
-    bundles = [_plan(checkpoint, model, placement, node, output) for node in nodes]
-    if not bundles:
+    if not topology.nodes:
         raise TopologyError(f"{topology.source or 'the topology'} names no workers; there is nothing to split")
+    bare = () if placement.layers_of(MASTER) else (MASTER,)
+    names = workers or (*(node.name for node in topology.nodes), *bare)
+    nodes = [topology.nodes if name == MASTER else (topology.node(name),) for name in names]
+    bundles = [_plan(checkpoint, model, placement, name, output) for name in names]
     total = sum(bundle.nbytes for bundle, _ in bundles)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -78,8 +82,8 @@ def split(
         if total > free:
             raise _disk_full(output, f"the bundles take {total / 1e9:.2f} GB, {free / 1e9:.2f} GB are free")
         copied = _Counter(progress, total)
-        for (bundle, tensors), node in zip(bundles, nodes, strict=True):
-            _write(checkpoint, bundle, tensors, node, copied)
+        for (bundle, tensors), listed in zip(bundles, nodes, strict=True):
+            _write(checkpoint, bundle, tensors, topology_text(listed), copied)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _disk_full(output, "it filled up while a bundle was written") from error
@@ -104,38 +108,38 @@ def _disk_full(output: Path, why: str) -> CheckpointError:
 
 
 def _plan(
-    checkpoint: Checkpoint, model: ModelInfo, placement: Placement, node: Node, output: Path
+    checkpoint: Checkpoint, model: ModelInfo, placement: Placement, name: str, output: Path
 ) -> tuple[Bundle, dict[str, TensorInfo]]:
     """What goes into a node's bundle. Raises before anything is written."""
-    folder = output / f"{node.name}{SUFFIX}"
-    if Path(node.name).name != node.name or node.name in (".", ".."):
-        raise TopologyError(f"node {node.name!r} cannot name a folder; use letters, digits, '-' and '_'")
+    folder = output / f"{name}{SUFFIX}"
+    if Path(name).name != name or name in (".", ".."):
+        raise TopologyError(f"node {name!r} cannot name a folder; use letters, digits, '-' and '_'")
     if folder.exists() or folder.is_symlink():
         raise ConfigError(f"{folder} is there already; delete it or choose another --output")
-    layers = placement.layers_of(node.name)
-    if not layers:
-        raise TopologyError(f"node {node.name!r} has no layers, so there is nothing to put into a bundle; give it some")
+    layers = placement.layers_of(name)
+    if not layers and name != MASTER:
+        raise TopologyError(f"node {name!r} has no layers, so there is nothing to put into a bundle; give it some")
     claimed = {name for layer in model.layers for name in layer.tensors}
-    wanted = {name for layer in layers for name in model.layer(layer).tensors}
+    wanted = {tensor for layer in layers for tensor in model.layer(layer).tensors}
     tensors = {
-        name: tensor
-        for name, tensor in checkpoint.tensors.items()
-        if name in wanted
-        or (name not in claimed and tensor.nbytes <= SMALL and not isinstance(checkpoint, DiffusersCheckpoint))
+        tensor_name: tensor
+        for tensor_name, tensor in checkpoint.tensors.items()
+        if tensor_name in wanted
+        or (tensor_name not in claimed and tensor.nbytes <= SMALL and not isinstance(checkpoint, DiffusersCheckpoint))
     }
     if missing := sorted(wanted - tensors.keys()):
         raise CheckpointError(f"{checkpoint.path} lacks {', '.join(missing[:3])}; is it itself a bundle? split the whole model")
-    return Bundle(node.name, folder, layers, len(tensors), sum(t.nbytes for t in tensors.values())), tensors
+    return Bundle(name, folder, layers, len(tensors), sum(t.nbytes for t in tensors.values())), tensors
 
 
-def _write(checkpoint: Checkpoint, bundle: Bundle, tensors: Mapping[str, TensorInfo], node: Node, copied: Copied) -> None:
+def _write(checkpoint: Checkpoint, bundle: Bundle, tensors: Mapping[str, TensorInfo], topology: str, copied: Copied) -> None:
     """Writes beside the final name and renames: what has the name is whole."""
     partial = bundle.folder.with_name(f".{bundle.folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a split that was killed
     try:
         model = partial / "model"
         model.mkdir(parents=True)
-        (partial / "topology.yml").write_text(topology_text(node), "utf-8")
+        (partial / "topology.yml").write_text(topology, "utf-8")
         absent = {t.name: [t.dtype, t.shape, t.nbytes] for t in checkpoint.headers.values() if t.name not in tensors}
         (model / ABSENT).write_text(json.dumps(absent), "utf-8")
         if isinstance(checkpoint, GgufCheckpoint):
@@ -143,22 +147,26 @@ def _write(checkpoint: Checkpoint, bundle: Bundle, tensors: Mapping[str, TensorI
         elif isinstance(checkpoint, DiffusersCheckpoint):
             _write_diffusers(checkpoint, model, tensors, copied)
         else:
-            _write_index(model / INDEX, dict.fromkeys(tensors, f"{REDUCED}.safetensors"), bundle.nbytes)
-            write_safetensors(model / f"{REDUCED}.safetensors", tensors, copied)
-            _copy_side_files(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, model)
+            if tensors:
+                _write_index(model / INDEX, dict.fromkeys(tensors, f"{REDUCED}.safetensors"), bundle.nbytes)
+                write_safetensors(model / f"{REDUCED}.safetensors", tensors, copied)
+            _copy_configuration(checkpoint.path, model)
         partial.rename(bundle.folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def topology_text(node: Node) -> str:
-    """A topology of this node alone, as YAML."""
+def topology_text(nodes: Sequence[Node]) -> str:
+    """A topology of these nodes alone, as YAML."""
     import yaml
 
-    entry: dict[str, object] = {} if node.host is None else {"host": str(node.host).removeprefix("tcp://")}
-    if node.description:
-        entry["description"] = node.description
-    return str(yaml.safe_dump({node.name: {**entry, "layers": compress(node.layers)}}, sort_keys=False, allow_unicode=True))
+    entries: dict[str, object] = {}
+    for node in nodes:
+        entry: dict[str, object] = {} if node.host is None else {"host": str(node.host).removeprefix("tcp://")}
+        if node.description:
+            entry["description"] = node.description
+        entries[node.name] = {**entry, "layers": compress(node.layers)}
+    return str(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
 
 
 def _write_index(path: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
@@ -180,6 +188,12 @@ def _write_diffusers(checkpoint: DiffusersCheckpoint, model: Path, tensors: Mapp
         _write_index(
             model / index.parent.name / index.name, listed, sum(tensors[f"{index.parent.name}/{n}"].nbytes for n in listed)
         )
+
+
+def _copy_configuration(source: Path, target: Path) -> None:
+    """What lies beside the weights. A single file that needs nothing beside it lies among things that are not its own."""
+    if source.is_dir() or (source.parent / "config.json").is_file():
+        _copy_side_files(source if source.is_dir() else source.parent, target)
 
 
 def _copy_side_files(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from cake_core.cli.options import ModelFlags
 @click.option("--model-path", "--model", "model", required=True, metavar="M", help="The model to split: as --model elsewhere.")
 @click.option("--model-type", type=click.Choice(list(MODEL_TYPES)), metavar="text|image", help="Which kind of model.")
 @click.option("--topology", type=click.Path(path_type=Path), required=True, metavar="T", help="Which worker gets which layers.")
-@click.option("--worker", "workers", multiple=True, metavar="N", help="Only this worker; may be repeated.")
+@click.option("--worker", "workers", multiple=True, metavar="N", help="Only this one, or master; may be repeated.")
 @click.option("--sd-config", metavar="M", help="Model whose configuration a single file of an image model lacks.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="O", help="Folder for the bundles.")
 def split_model(
@@ -24,7 +24,8 @@ def split_model(
 ) -> None:
     """Write a folder for each worker with its layers, configuration, tokenizer and topology.
 
-    A worker starts on its folder as it is: `cake worker --model OUTPUT/NAME-node`.
+    A worker starts on its folder as it is: `cake worker --model OUTPUT/NAME-node`. The master gets OUTPUT/master-node, without
+    any weights, when the workers have all layers between them.
     """
     from cake_core.split import split
 

@@ -49,7 +49,7 @@ class DiffusersCheckpoint(Checkpoint):
                     if full in tensors:
                         raise CheckpointError(f"tensor {name} is in two files of {self.path / component}; remove one of them")
                     tensors[full] = TensorInfo(full, info.dtype, info.shape, info.file, info.offset, info.nbytes)
-        if not tensors:
+        if not tensors and not (self.path / ABSENT).is_file():
             raise CheckpointError(f"{self.path} has no safetensors weights; `cake pull` downloads a model")
         return tensors
 
