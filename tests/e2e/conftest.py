@@ -34,7 +34,7 @@ class Process:
             cwd=cwd,
             start_new_session=True,
         )
-        self.output = ""
+        self._lines: list[str] = []
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -42,10 +42,15 @@ class Process:
     def _read(self) -> None:
         for line in self.popen.stdout or ():
             with self._changed:
-                self.output += line
+                self._lines.append(line)
                 self._changed.notify_all()
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def output(self) -> str:
+        """All it has printed so far."""
+        return "".join(self._lines)
 
     def wait_for(self, text: str) -> str:
         """The line that holds `text`. Fails when the process ends without it."""
