@@ -1,7 +1,7 @@
 """What serving costs: the same answers from `cake serve` and from the engine alone, taking turns.
 
-    python benchmarks/serving.py                # a toy model that takes 20 ms a step: processor time of the server for each token
-    python benchmarks/serving.py --model ''     # the default model: throughput
+    python benchmarks/serving.py               # a toy that takes 20 ms a step: processor time of the server for each token
+    python benchmarks/serving.py --model ''    # the default model: throughput
 
 Processor time is that of the process that serves (the clients are another), less that of a process that does the same with
 `Engine.submit` and looks at no event.
@@ -26,9 +26,9 @@ from typing import Any, Protocol
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.clients.cluster_rig import cluster  # noqa: E402 - the repository's own
+from tests.clients.cluster_rig import cluster
 
-from cake_server.bench.client import Target, exchange  # noqa: E402
+from cake_server.bench.client import Target, exchange
 
 PROMPT = "Why is the sky blue?"
 

@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.clients.cluster_rig import Cluster, cluster  # noqa: E402 - the repository's own
+from tests.clients.cluster_rig import Cluster, cluster
 
-from cake_server.bench.client import Target, exchange  # noqa: E402
+from cake_server.bench.client import Target, exchange
 
 LOOKS = 20
 HALVES = ("model.layers.0-1", "model.layers.2-3")
@@ -124,20 +124,21 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="cake-soak-") as folder:
-        with cluster(Path(folder), "--model", "toy", cuts=HALVES) as running:
-            processes = [psutil.Process(process.popen.pid) for process in (running.master, *running.workers)]
-            begun = time.monotonic()
-            looks, results = asyncio.run(soak(running, processes, options))
-            seconds = time.monotonic() - begun
+    with (
+        tempfile.TemporaryDirectory(prefix="cake-soak-") as name,
+        cluster(Path(name), "--model", "toy", cuts=HALVES) as running,
+    ):
+        processes = [psutil.Process(process.popen.pid) for process in (running.master, *running.workers)]
+        begun = time.monotonic()
+        looks, results = asyncio.run(soak(running, processes, options))
+        seconds = time.monotonic() - begun
     first, last = looks[1], looks[-1]
     print(f"{options.requests} requests in {seconds:.0f} s: {dict(sorted(results.items()))}")
     for index, name in enumerate(("server", "worker 0", "worker 1")):
-        print(
-            f"{name}: {slope(looks, index):+.3f} MB for 10,000 requests ({first.memory[index]:.1f} to {last.memory[index]:.1f} MB); "
-            f"descriptors {first.descriptors[index]} to {last.descriptors[index]}, threads {first.threads[index]} to "
-            f"{last.threads[index]}"
-        )
+        pairs = [(getattr(first, what)[index], getattr(last, what)[index]) for what in ("memory", "descriptors", "threads")]
+        memory, descriptors, threads = (f"{old:.4g} to {new:.4g}" for old, new in pairs)
+        print(f"{name}: {slope(looks, index):+.3f} MB for 10,000 requests ({memory} MB)", end="; ")
+        print(f"descriptors {descriptors}, threads {threads}")
 
 
 if __name__ == "__main__":
