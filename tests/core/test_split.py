@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cake_core.checkpoint import Checkpoint
+from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, ConfigError, TopologyError
 from cake_core.events import TokenEvent
 from cake_core.formats import subset
@@ -222,14 +222,14 @@ def test_an_existing_bundle_is_not_touched(toy: Checkpoint, tmp_path: Path) -> N
 
 
 def test_a_failure_leaves_nothing_half_written(toy: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = subset._copy
+    real = subset._read
 
-    def full(tensor: object, target: object, copied: object) -> None:
+    def full(tensor: TensorInfo, offset: int, length: int) -> bytes:
         if tensor is toy.tensors["lm_head.weight"]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensor, target, copied)  # type: ignore[arg-type]
+        return real(tensor, offset, length)
 
-    monkeypatch.setattr(subset, "_copy", full)
+    monkeypatch.setattr(subset, "_read", full)
     with pytest.raises(CheckpointError, match=r"out is full: it filled up .* free space or choose another --output"):
         split(toy, describe(toy), TOPOLOGY, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["one-node"]

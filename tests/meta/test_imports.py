@@ -12,10 +12,11 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "model requests events checkpoint transport topology png formats config",
-        "placement profiles planners sampling detokenize cbor framing protocol bodies codec hello keys strangers handshake "
-        "gate security units",
-        "hookspecs builtin plugins resolve models hub split",
-        "connect waiting link stage_inputs stages serving hops guest worker chain cluster engine runtime",
+        "placement profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys strangers "
+        "handshake gate security units",
+        "hookspecs builtin plugins resolve models hub bundle split",
+        "connect waiting link stage_inputs stages serving weights assignment assigner tenant hops guest worker chain "
+        "expectation cluster engine runtime",
         "bench",
         "cli __main__",
         "testing",
@@ -27,7 +28,7 @@ UPWARD = {("cake_core.builtin", "testing"), ("cake_core.resolve", "testing"), ("
 """The toys and core's own commands are registered and resolved like a plugin's."""
 
 THIRD_PARTY = {
-    "cbor2": ("cbor", "protocol", "codec", "hello"),
+    "cbor2": ("cbor", "protocol", "codec", "hello", "assignment"),
     "click": ("cli",),
     "cryptography": ("security",),
     "filelock": ("hub",),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from cake_core.errors import (
     AuthenticationError,
     CakeError,
+    CapacityError,
+    ConfigError,
     NodeError,
     NodeLost,
     NodeMismatch,
@@ -21,6 +22,7 @@ from cake_core.errors import (
     ProtocolError,
     TransportError,
 )
+from cake_core.expectation import Expectation
 from cake_core.link import Link, LinkCount, LinkTiming
 from cake_core.model import Memory
 from cake_core.protocol import Message, Type
@@ -34,21 +36,8 @@ ATTACH_TIMEOUT = 30.0
 FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.1, 5.0, 30.0
 """Seconds between attempts: doubling from the first to the last, with full jitter; after a refusal that time cannot mend
 (wrong key, wrong model), the long one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expectation:
-    """What a node must serve: its stages by the placement, the model's identity, and a fingerprint for each layer whose
-    tensors the master has too."""
-
-    model_type: str
-    stages: tuple[tuple[str, ...], ...]
-    identity: Mapping[str, Any] = field(default_factory=dict)
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(layer for stage in self.stages for layer in stage)
+PERMANENT = (NodeMismatch, AuthenticationError, ProtocolError, ConfigError, CapacityError)
+"""What keeps a node away for good: to wait is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +59,16 @@ Dial = Callable[[float], Channel]
 """`dial(timeout)` gives an authenticated channel."""
 
 
+class Assigner(Protocol):
+    """Has a worker load its layers before the master attaches (cake_core.assigner)."""
+
+    def assign(self, link: Link) -> None:
+        """Returns when the layers are loaded. Raises what keeps the worker from it."""
+
+    def handle(self, link: Link, message: Message) -> bool:
+        """Takes a message of the worker that belongs to an assignment; False for others."""
+
+
 class RemoteNode:
     """One worker. A thread keeps it connected until `close`; `on_change(node)` is told of every change of state."""
 
@@ -81,6 +80,7 @@ class RemoteNode:
         expectation: Expectation,
         on_change: Callable[[RemoteNode], None],
         timing: LinkTiming | None = None,
+        assigner: Assigner | None = None,
     ) -> None:
         self.name = name
         self.address = address
@@ -88,6 +88,8 @@ class RemoteNode:
         self._dial = dial
         self._on_change = on_change
         self._timing = timing or LinkTiming()
+        self._assigner = assigner
+        self._coming: Link | None = None
         self._changed = threading.Condition()
         self._state: State = "connecting"
         self._since = time.time()
@@ -105,10 +107,10 @@ class RemoteNode:
         """Ends the link and the thread. Idempotent."""
         self._closed.set()
         self._lost.set()
-        link = self._link
-        if link is not None:
-            link.close()
-            link.join()
+        for link in (self._link, self._coming):
+            if link is not None:
+                link.close()
+                link.join()
         if self._thread.ident is not None:
             self._thread.join(10.0)
 
@@ -133,7 +135,7 @@ class RemoteNode:
         until = time.monotonic() + timeout
         with self._changed:
             while self._link is None:
-                if isinstance(self._error, NodeMismatch | AuthenticationError | ProtocolError):
+                if isinstance(self._error, PERMANENT):
                     break
                 left = until - time.monotonic()
                 if left <= 0 or self._closed.is_set():
@@ -170,7 +172,7 @@ class RemoteNode:
                 link = self._connect()
             except CakeError as error:
                 self._set("down" if self._state != "connecting" else "connecting", None, error)
-                refused = isinstance(error, NodeMismatch | AuthenticationError)
+                refused = isinstance(error, PERMANENT)
                 wait = REFUSED_BACKOFF if refused else backoff * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                 backoff = min(2 * backoff, LAST_BACKOFF)
                 self._closed.wait(wait)
@@ -186,40 +188,30 @@ class RemoteNode:
     def _connect(self) -> Link:
         channel = self._dial(min(5.0, self._timing.dead))
         link = Link(channel, f"{self.name} at {self.address}", self._handle, self._fell, self._timing)
+        self._coming = link
         link.start()
+        if self._closed.is_set():
+            link.close()
         fields = {"model_type": self.expectation.model_type, "stages": [list(s) for s in self.expectation.stages]}
         try:
+            if self._assigner is not None:
+                self._assigner.assign(link)
             message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
-            self._compare(message.fields)
+            self.expectation.check(message.fields, self.name, self.address)
         except TimeoutError:
             link.close()
             raise NodeUnreachable(f"{self.name} at {self.address} does not answer; restart it", self.name) from None
         except CakeError:
             link.close()
             raise
+        finally:
+            self._coming = None
         self._report = message.fields
         return link
 
-    def _compare(self, report: Mapping[str, Any]) -> None:
-        expected = self.expectation
-        for key, value in expected.identity.items():
-            if _plain(report["identity"].get(key)) != _plain(value):
-                raise NodeMismatch(
-                    f"{self.name} at {self.address} serves another model: its {key} is {report['identity'].get(key)!r}, "
-                    f"the master's is {value!r}; start both with the same --model",
-                    self.name,
-                    self.address,
-                )
-        for layer, fingerprint in expected.fingerprints.items():
-            if report["fingerprints"].get(layer) != fingerprint:
-                raise NodeMismatch(
-                    f"{self.name} at {self.address} holds other weights for {layer} than the master; "
-                    "copy the same checkpoint (or its bundle) there",
-                    self.name,
-                    self.address,
-                )
-
     def _handle(self, link: Link, message: Message, _body: memoryview) -> None:
+        if self._assigner is not None and self._assigner.handle(link, message):
+            return
         if message.type is Type.PARTED:
             error = NodeLost(f"{self.name} has lost the next worker: {message.fields['message']}", self.name, self.address)
             link.part(message.fields["ticket"], error)
@@ -253,11 +245,6 @@ class RemoteNode:
             self._state, self._link, self._error = state, link, error
             self._changed.notify_all()
         self._on_change(self)
-
-
-def _plain(value: Any) -> str:
-    """A value as it compares after crossing the wire, where tuples are lists."""
-    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _memory(values: Any) -> Memory:

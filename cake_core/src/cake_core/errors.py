@@ -18,6 +18,7 @@
     |   +-- NodeUnreachable         nobody answers at the address
     |   +-- NodeLost                it was there and is gone
     |   +-- NodeMismatch            it serves another model, other layers or another protocol version
+    |   +-- NodeBusy                another master holds it
     +-- TransportError              below a node: bytes could not be moved
     |   +-- ChannelClosed           the peer closed, or we did
     |   +-- DeadlineExceeded        nothing came in time
@@ -113,6 +114,10 @@ class NodeLost(NodeError):
 class NodeMismatch(NodeError):
     exit_code = 2
     code = "node_mismatch"
+
+
+class NodeBusy(NodeError):
+    code = "node_busy"
 
 
 class TransportError(CakeError):

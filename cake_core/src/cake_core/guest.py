@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,10 +15,12 @@ from cake_core.errors import CakeError, NodeMismatch, ProtocolError, StageError,
 from cake_core.hops import Forward, Hops
 from cake_core.link import Link
 from cake_core.model import Batch, Tensor
+from cake_core.profiles import NodeProfile
 from cake_core.protocol import CHAINED, Message, Type, tensor_fields
 from cake_core.serving import Serving
 from cake_core.stage_inputs import inputs_of
 from cake_core.stages import LocalStage
+from cake_core.tenant import Tenant
 from cake_core.topology import compress
 
 log = logging.getLogger(__name__)
@@ -38,10 +40,18 @@ class Host(Protocol):
     def serving(self) -> Serving | None:
         """What is loaded now."""
 
+    profile: Callable[[], NodeProfile] | None
+
     def report(self) -> dict[str, Any]: ...
 
     def claim(self, ticket: bytes, link: Link) -> Forward:
         """Who takes the batches that come over `link` with this ticket. Raises StageError for one that nobody gave."""
+
+    def tenant(self) -> Tenant:
+        """Who carries out assignments. Raises NodeMismatch where nobody does."""
+
+    def holders(self, but: Guest) -> list[str]:
+        """The other masters that are attached."""
 
 
 _session_numbers = itertools.count(1)
@@ -61,6 +71,10 @@ class Guest:
         self.sessions: dict[tuple[int, int], int] = {}
         self._constants: dict[int, dict[bytes, Tensor]] = {}
         self._constant_bytes = 0
+
+    @property
+    def attached(self) -> bool:
+        return self._serving is not None
 
     def handle(self, link: Link, message: Message, body: memoryview) -> None:
         """Serves one request; every failure is answered, none ends the link."""
@@ -116,6 +130,14 @@ class Guest:
             case Type.PEER:
                 self._forward_to = self._worker.claim(message.fields["ticket"], link)
                 link.answer(message, Type.READY, {})
+            case Type.PROFILE:
+                if self._worker.profile is None:
+                    raise StageError(f"{self._worker.name} has not been measured")
+                link.answer(message, Type.PROFILED, {"profile": self._worker.profile().as_fields()})
+            case Type.ASSIGN | Type.LEND | Type.FETCH | Type.HOLDS:
+                if message.type is Type.ASSIGN:
+                    self.release()
+                self._worker.tenant().serve(link, message, self._worker.holders(self))
             case _:
                 raise StageError(f"a worker does not serve {message.type.name}")
 

@@ -18,13 +18,16 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import cbor2
 
 from cake_core.cbor import load_map
 from cake_core.errors import ProtocolError
+from cake_core.messages import ANSWERS as ANSWERS
+from cake_core.messages import CHAINED as CHAINED
+from cake_core.messages import SCHEMAS
+from cake_core.messages import Type as Type
 from cake_core.model import DTYPE_SIZES, Batch, Buffer, Row, Tensor, Want
 from cake_core.transport import MAX_HEADER
 
@@ -37,48 +40,6 @@ MAX_DIMENSIONS = 8
 MAX_NAME = 64
 
 
-class Type(IntEnum):
-    """Every message there is. A request is answered by its counterpart or by ERROR with the same request number."""
-
-    ATTACH = 1  # master: what I expect you to serve
-    ATTACHED = 2  # worker: what I serve
-    OPEN = 3
-    TRUNCATE = 4
-    LENGTH = 5  # worker: positions really kept (answers OPEN and TRUNCATE)
-    CLOSE = 6  # no answer
-    FORWARD = 7
-    OUTPUT = 8
-    CALL = 9
-    RESULT = 10
-    RELEASE = 11  # master: an image request ended; no answer
-    ALIVE = 12  # either side, when it has sent nothing for a while; no answer
-    ERROR = 13
-    DRAINING = 14  # worker: I am leaving, send nothing new
-    STATUS = 15
-    REPORT = 16  # worker: answers STATUS
-    EXPECT = 32  # master: a worker will come with this ticket and hand this stage its batches
-    NEXT = 33  # master: hand this stage's output to the stage there, with this ticket
-    PEER = 34  # worker to worker: the ticket
-    READY = 35  # answers EXPECT, NEXT and PEER
-    PARTED = 36  # worker: the hand-over of this ticket is lost; no answer
-
-
-CHAINED = 1 << 31
-"""Bit of a request number that a master chose for a whole chain of workers, of whom the last answers."""
-
-ANSWERS: Mapping[Type, Type] = {
-    Type.ATTACH: Type.ATTACHED,
-    Type.OPEN: Type.LENGTH,
-    Type.TRUNCATE: Type.LENGTH,
-    Type.FORWARD: Type.OUTPUT,
-    Type.CALL: Type.RESULT,
-    Type.STATUS: Type.REPORT,
-    Type.EXPECT: Type.READY,
-    Type.NEXT: Type.READY,
-    Type.PEER: Type.READY,
-}
-"""What answers a request, unless an ERROR does."""
-
 _BATCHES = (Type.FORWARD, Type.OUTPUT)
 _PREFIX = struct.Struct("<BBHIQ")
 _ROW = struct.Struct("<QIIHhHH")
@@ -90,29 +51,6 @@ _NAMES = (
 _NAME_CODES = {name: code for code, name in enumerate(_NAMES)}
 _DTYPES = tuple(DTYPE_SIZES)
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-
-_OPTIONAL_INT = (int, type(None))
-_SCHEMAS: Mapping[Type, Mapping[str, Any]] = {
-    Type.ATTACH: {"model_type": str, "stages": list},
-    Type.ATTACHED: {"name": str, "identity": dict, "fingerprints": dict, "memory": list, "platform": dict},
-    Type.OPEN: {"session": int, "spec": dict, "parent": _OPTIONAL_INT, "length": int},
-    Type.TRUNCATE: {"session": int, "length": int},
-    Type.LENGTH: {"length": int},
-    Type.CLOSE: {"session": int},
-    Type.CALL: {"layer": str, "method": str, "image": int, "scalars": dict, "tensors": list, "constants": list, "ids": dict},
-    Type.RESULT: {"tensors": list, "seconds": float},
-    Type.RELEASE: {"layer": str, "image": int},
-    Type.ALIVE: {},
-    Type.ERROR: {"kind": str, "message": str},
-    Type.DRAINING: {},
-    Type.STATUS: {},
-    Type.REPORT: {"report": dict},
-    Type.EXPECT: {"ticket": bytes},
-    Type.NEXT: {"ticket": bytes, "host": str, "stage": int},
-    Type.PEER: {"ticket": bytes},
-    Type.READY: {},
-    Type.PARTED: {"ticket": bytes, "message": str},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +144,7 @@ def decode(header: bytes) -> Message:
         decoded, heads = _decode_batch(kind, header, rows)
         return Message(kind, request, stage, hops, rows=decoded, heads=heads)
     values = _decode_fields(kind, header[_PREFIX.size :])
-    listed = _listed_heads(values) if kind in (Type.CALL, Type.RESULT) else ()
+    listed = _listed_heads(values) if kind in (Type.CALL, Type.RESULT, Type.PIECE) else ()
     return Message(kind, request, stage, hops, values, heads=listed)
 
 
@@ -241,7 +179,7 @@ def _decode_batch(kind: Type, header: bytes, count: int) -> tuple[tuple[Row, ...
 
 def _decode_fields(kind: Type, data: bytes) -> dict[str, Any]:
     values = load_map(data)
-    for name, kinds in _SCHEMAS[kind].items():
+    for name, kinds in SCHEMAS[kind].items():
         value = values.get(name)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise ProtocolError(f"{kind.name}: {name} is missing or of the wrong type")

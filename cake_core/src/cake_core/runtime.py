@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import Dial, Expectation, NodeStatus, RemoteNode, describe_missing
+from cake_core.cluster import Dial, NodeStatus, RemoteNode, describe_missing
 from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
@@ -21,6 +21,7 @@ from cake_core.engine.speculator import Speculator
 from cake_core.engine.text import TextEngine
 from cake_core.errors import CakeError, ConfigError, NodeLost
 from cake_core.events import NodeEvent
+from cake_core.expectation import Expectation
 from cake_core.link import LinkTiming
 from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
 from cake_core.placement import Placement

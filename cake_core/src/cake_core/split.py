@@ -13,30 +13,21 @@ Bytes are copied piece by piece, never converted, and a bundle appears under its
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo
+from cake_core.bundle import bundle_files, tensors_of
+from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, ConfigError, TopologyError
-from cake_core.formats.diffusers import DiffusersCheckpoint
-from cake_core.formats.gguf import GgufCheckpoint
-from cake_core.formats.subset import Copied, write_gguf, write_safetensors
+from cake_core.formats.subset import Copied
 from cake_core.model import ModelInfo, Progress
 from cake_core.placement import Placement, place
 from cake_core.topology import MASTER, Node, Topology, compress
 
 SUFFIX = "-node"
 PARTIAL = ".partial"
-REDUCED = "reduced"
-INDEX = "model.safetensors.index.json"
-SMALL = 1 << 20
-"""Tensors that no layer claims (tables of frequencies) go into every bundle when they are at most this long, in bytes."""
-
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-_SIDE_LIMIT = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +110,7 @@ def _plan(
     layers = placement.layers_of(name)
     if not layers and name != MASTER:
         raise TopologyError(f"node {name!r} has no layers, so there is nothing to put into a bundle; give it some")
-    claimed = {name for layer in model.layers for name in layer.tensors}
-    wanted = {tensor for layer in layers for tensor in model.layer(layer).tensors}
-    tensors = {
-        tensor_name: tensor
-        for tensor_name, tensor in checkpoint.tensors.items()
-        if tensor_name in wanted
-        or (tensor_name not in claimed and tensor.nbytes <= SMALL and not isinstance(checkpoint, DiffusersCheckpoint))
-    }
-    if missing := sorted(wanted - tensors.keys()):
-        raise CheckpointError(f"{checkpoint.path} lacks {', '.join(missing[:3])}; is it itself a bundle? split the whole model")
+    tensors = tensors_of(checkpoint, model, layers)
     return Bundle(name, folder, layers, len(tensors), sum(t.nbytes for t in tensors.values())), tensors
 
 
@@ -140,17 +122,9 @@ def _write(checkpoint: Checkpoint, bundle: Bundle, tensors: Mapping[str, TensorI
         model = partial / "model"
         model.mkdir(parents=True)
         (partial / "topology.yml").write_text(topology, "utf-8")
-        absent = {t.name: [t.dtype, t.shape, t.nbytes] for t in checkpoint.headers.values() if t.name not in tensors}
-        (model / ABSENT).write_text(json.dumps(absent), "utf-8")
-        if isinstance(checkpoint, GgufCheckpoint):
-            write_gguf(model / f"{REDUCED}.gguf", checkpoint, list(tensors), copied)
-        elif isinstance(checkpoint, DiffusersCheckpoint):
-            _write_diffusers(checkpoint, model, tensors, copied)
-        else:
-            if tensors:
-                _write_index(model / INDEX, dict.fromkeys(tensors, f"{REDUCED}.safetensors"), bundle.nbytes)
-                write_safetensors(model / f"{REDUCED}.safetensors", tensors, copied)
-            _copy_configuration(checkpoint.path, model)
+        for name, image in bundle_files(checkpoint, tensors).items():
+            (model / name).parent.mkdir(exist_ok=True)
+            image.write(model / name, copied)
         partial.rename(bundle.folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -167,41 +141,3 @@ def topology_text(nodes: Sequence[Node]) -> str:
             entry["description"] = node.description
         entries[node.name] = {**entry, "layers": compress(node.layers)}
     return str(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
-
-
-def _write_index(path: Path, weight_map: Mapping[str, str], nbytes: int) -> None:
-    path.write_text(json.dumps({"metadata": {"total_size": nbytes}, "weight_map": dict(weight_map)}, indent=2), "utf-8")
-
-
-def _write_diffusers(checkpoint: DiffusersCheckpoint, model: Path, tensors: Mapping[str, TensorInfo], copied: Copied) -> None:
-    """The same files in the same folders, weights cut to the tensors; configurations of all components."""
-    _copy_side_files(checkpoint.path, model)
-    for folder in sorted(path for path in checkpoint.path.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        _copy_side_files(folder, model / folder.name)
-    by_file: dict[Path, dict[str, TensorInfo]] = {}
-    for name, tensor in tensors.items():
-        by_file.setdefault(tensor.file, {})[name.partition("/")[2]] = tensor
-    for file, inside in by_file.items():
-        write_safetensors(model / file.parent.name / file.name, inside, copied)
-    for index in sorted({found for file in by_file for found in file.parent.glob("*.safetensors.index*.json")}):
-        listed = {n: f.name for f, inside in by_file.items() if f.parent == index.parent for n in inside}
-        _write_index(
-            model / index.parent.name / index.name, listed, sum(tensors[f"{index.parent.name}/{n}"].nbytes for n in listed)
-        )
-
-
-def _copy_configuration(source: Path, target: Path) -> None:
-    """What lies beside the weights. A single file that needs nothing beside it lies among things that are not its own."""
-    if source.is_dir() or (source.parent / "config.json").is_file():
-        _copy_side_files(source if source.is_dir() else source.parent, target)
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer and their like; the index is written anew."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file() and file.suffix in _SIDE_SUFFIXES]
-    wanted: Iterable[Path] = (
-        f for f in files if f.name != ABSENT and ".index." not in f.name and f.stat().st_size <= _SIDE_LIMIT
-    )
-    target.mkdir(exist_ok=True)
-    for file in wanted:
-        shutil.copyfile(file, target / file.name)

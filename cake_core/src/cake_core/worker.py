@@ -10,20 +10,23 @@ import logging
 import platform
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 from cake_core import __version__
 from cake_core.checkpoint import Checkpoint
-from cake_core.errors import CakeError, ConfigError, StageError, TransportError
+from cake_core.errors import CakeError, ConfigError, NodeMismatch, StageError, TransportError
 from cake_core.guest import Guest
 from cake_core.hops import Dial, Forward, Hops
 from cake_core.link import Link, LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
+from cake_core.profiles import NodeProfile
 from cake_core.protocol import Type
 from cake_core.serving import LayerProgress, Serving, ServingSpec
+from cake_core.tenant import Means, Tenant
 from cake_core.topology import Topology
 from cake_core.transport import Channel
 
@@ -43,10 +46,10 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True)
 class BareSpec:
-    """A worker that brings no model: masters assign its layers. `options` says which device it computes on, and how."""
+    """A worker that brings no model: masters assign its layers."""
 
     name: str
-    options: LoadOptions = field(default_factory=LoadOptions)
+    means: Means
 
 
 class ChannelSource(Protocol):
@@ -60,7 +63,7 @@ class ChannelSource(Protocol):
 class Worker:
     """Load it, then give it a gate to serve. One made for a BareSpec waits for a master to assign layers.
 
-    `dial` reaches the next worker of a chain; without it there is none.
+    `dial` reaches other workers: the next one of a chain, and those that have weights already; without it there are none.
     """
 
     def __init__(
@@ -71,7 +74,10 @@ class Worker:
         dial: Dial | None = None,
     ) -> None:
         self.name = spec.name
-        self.serving: Serving | None = _planned(plugins, spec) if isinstance(spec, WorkerSpec) else None
+        self._planned = _planned(plugins, spec) if isinstance(spec, WorkerSpec) else None
+        self._tenant = Tenant(plugins, spec.name, spec.means, timing, dial) if isinstance(spec, BareSpec) else None
+        self.profile: Callable[[], NodeProfile] | None = None
+        """What was measured of this machine, for masters that ask."""
         self._timing = timing
         self._dial = dial
         self._guests: set[Guest] = set()
@@ -81,10 +87,28 @@ class Worker:
 
     def load(self, progress: LayerProgress | None = None) -> Serving:
         """Loads the layers that the topology gives. Raises CapacityError before loading when they do not fit."""
-        if self.serving is None:
+        if self._planned is None:
             raise ConfigError(f"{self.name} has no layers to load before a master assigns some")
-        self.serving.load(progress)
-        return self.serving
+        self._planned.load(progress)
+        return self._planned
+
+    @property
+    def serving(self) -> Serving | None:
+        """What is loaded now."""
+        return self._planned if self._tenant is None else self._tenant.serving
+
+    def tenant(self) -> Tenant:
+        """Who carries out assignments. Raises NodeMismatch for a worker that brought its own layers."""
+        if self._tenant is None:
+            raise NodeMismatch(
+                f"{self.name} was started with layers of its own; start `cake worker` there without --model and --topology"
+            )
+        return self._tenant
+
+    def holders(self, but: Guest) -> list[str]:
+        """The other masters that are attached."""
+        with self._lock:
+            return [guest.link.name for guest in self._guests if guest is not but and guest.attached]
 
     def serve(self, gate: ChannelSource) -> None:
         """Serves every master that comes through the gate, until `shutdown`."""
@@ -148,7 +172,9 @@ class Worker:
         for guest in guests:
             guest.link.close()
             guest.link.join()
-        if self.serving is not None:
+        if self._tenant is not None:
+            self._tenant.close()
+        elif self.serving is not None:
             self.serving.shutdown()
 
     def report(self) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""The master's side of an assignment: asks the worker, hands out files, lends it more links, waits until it has loaded."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from cake_core.assignment import Assignment
+from cake_core.codec import error_from_fields
+from cake_core.errors import CakeError, NodeUnreachable, ProtocolError
+from cake_core.link import Link, LinkTiming
+from cake_core.protocol import Message, Type
+from cake_core.transport import Channel
+from cake_core.weights.supply import Supply, serve_weights
+
+log = logging.getLogger(__name__)
+
+LENT = 2
+"""Links beside the first over which weights travel."""
+ANSWER_TIMEOUT = 30.0
+DIAL_TIMEOUT = 5.0
+
+Report = Callable[[str, int, int], None]
+"""`report(what, done, total)` in bytes; `what` is `fetching` or `loading`."""
+Dial = Callable[[float], Channel]
+
+
+class NodeAssigner:
+    """For one node, however often it is connected. `dial` opens further links; None where only the worker can dial."""
+
+    def __init__(
+        self,
+        node: str,
+        assignment: Assignment,
+        supply: Supply,
+        dial: Dial | None = None,
+        report: Report | None = None,
+        timing: LinkTiming | None = None,
+    ) -> None:
+        self.assignment = assignment
+        self.received = 0
+        """Bytes of weights that the worker fetched, from whomever, when it was last assigned."""
+        self._node = node
+        self._supply = supply
+        self._dial = dial
+        self._report = report
+        self._timing = timing
+        self._loaded = threading.Event()
+        self._outcome: Mapping[str, Any] = {}
+
+    def assign(self, link: Link) -> None:
+        """Returns when the layers are loaded. Raises what keeps the worker from it, or the link's end."""
+        self._loaded.clear()
+        assignment = replace(self.assignment, ticket=secrets.randbits(62))
+        try:
+            link.ask(Type.ASSIGN, assignment.as_fields()).result(ANSWER_TIMEOUT)
+        except TimeoutError:
+            raise NodeUnreachable(f"{self._node} does not answer; restart it", self._node) from None
+        lent: list[Link] = []
+        lender = threading.Thread(target=self._lend, args=(assignment.ticket, lent), name="cake-lend", daemon=True)
+        lender.start()
+        try:
+            while not self._loaded.wait(0.2):
+                if not link.up:
+                    raise link.reason()
+        finally:
+            lender.join()
+            for other in lent:
+                other.close()
+        if self._outcome["error"]:
+            error = error_from_fields(self._outcome["error"])
+            raise type(error)(f"{self._node}: {error}")
+        self.received = self._outcome["received"]
+
+    def handle(self, link: Link, message: Message) -> bool:
+        """Takes a message of the worker that belongs to an assignment; False for others."""
+        match message.type:
+            case Type.FETCH | Type.HOLDS:
+                self._serve(link, message)
+            case Type.PROGRESS:
+                if self._report is not None:
+                    fields = message.fields
+                    self._report(fields["what"], fields["done"], fields["total"])
+            case Type.LOADED:
+                self._outcome = message.fields
+                self._loaded.set()
+            case _:
+                return False
+        return True
+
+    def _serve(self, link: Link, message: Message) -> None:
+        try:
+            serve_weights(self._supply, link, message)
+        except CakeError as error:
+            link.answer_error(message, error)
+
+    def _lend(self, ticket: int, lent: list[Link]) -> None:
+        for number in range(LENT if self._dial is not None else 0):
+            if self._loaded.is_set() or self._dial is None:
+                return
+            try:
+                link = Link(self._dial(DIAL_TIMEOUT), f"{self._node} (weights {number + 1})", self._lent, _ended, self._timing)
+            except CakeError as error:
+                log.info("no further link to %s for weights: %s", self._node, error)
+                return
+            link.start()
+            lent.append(link)
+            link.tell(Type.LEND, {"ticket": ticket})
+
+    def _lent(self, link: Link, message: Message, _body: memoryview) -> None:
+        if message.type is not Type.FETCH:
+            raise ProtocolError(f"{link.name} is for weights, not for {message.type.name}")
+        self._serve(link, message)
+
+
+def _ended(link: Link, error: CakeError) -> None:
+    log.debug("%s: %s", link.name, error)

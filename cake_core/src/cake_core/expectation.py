@@ -1,0 +1,49 @@
+"""What a master expects a node to serve, and how it compares what the node says with that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cake_core.errors import NodeMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a node must serve: its stages by the placement, the model's identity, and a fingerprint for each layer whose
+    tensors the master has too."""
+
+    model_type: str
+    stages: tuple[tuple[str, ...], ...]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return tuple(layer for stage in self.stages for layer in stage)
+
+    def check(self, report: Mapping[str, Any], name: str, address: str) -> None:
+        """Compares an ATTACHED. Raises NodeMismatch, with the remedy, for another model or other weights."""
+        for key, value in self.identity.items():
+            if _plain(report["identity"].get(key)) != _plain(value):
+                raise NodeMismatch(
+                    f"{name} at {address} serves another model: its {key} is {report['identity'].get(key)!r}, "
+                    f"the master's is {value!r}; start both with the same --model",
+                    name,
+                    address,
+                )
+        for layer, fingerprint in self.fingerprints.items():
+            if report["fingerprints"].get(layer) != fingerprint:
+                raise NodeMismatch(
+                    f"{name} at {address} holds other weights for {layer} than the master; "
+                    "copy the same checkpoint (or its bundle) there",
+                    name,
+                    address,
+                )
+
+
+def _plain(value: Any) -> str:
+    """A value as it compares after crossing the wire, where tuples are lists."""
+    return json.dumps(value, sort_keys=True, default=str)

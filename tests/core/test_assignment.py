@@ -1,0 +1,306 @@
+"""Workers that brought no model: assigned over the wire, with weights from the master or from one another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cake_core.assigner import NodeAssigner
+from cake_core.assignment import Assignment
+from cake_core.bundle import layer_files
+from cake_core.checkpoint import Checkpoint, SafetensorsCheckpoint
+from cake_core.cluster import RemoteNode
+from cake_core.errors import (
+    ChannelClosed,
+    CheckpointError,
+    ConfigError,
+    NodeBusy,
+    NodeMismatch,
+    ProtocolError,
+    StageError,
+    UnsupportedModel,
+)
+from cake_core.expectation import Expectation
+from cake_core.link import Handler, Link
+from cake_core.model import LoadOptions, ModelInfo
+from cake_core.plugins import Plugins
+from cake_core.protocol import Message, Type
+from cake_core.resolve import open_path
+from cake_core.tenant import Means
+from cake_core.testing.cluster import FAST, LocalCluster, OpenGate
+from cake_core.testing.memory import MemoryTransport
+from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
+from cake_core.transport import Address, Channel
+from cake_core.weights.manifest import FileSpec
+from cake_core.weights.store import Store
+from cake_core.weights.supply import ImageSupply
+from cake_core.weights.views import Views
+from cake_core.worker import BareSpec, Worker
+
+FRONT = ("model.layers.0", "model.layers.1")
+BACK = ("model.layers.2", "model.layers.3")
+
+
+class Farm:
+    """Bare workers in threads over one in-memory network, and masters that assign to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.transport = MemoryTransport()
+        self.plugins = Plugins(entries=())
+        self.folder = folder
+        self._ends = ExitStack()
+        self._listeners: dict[str, Any] = {}
+        self.workers: dict[str, Worker] = {}
+
+    def dial(self, address: Address, timeout: float) -> Channel:
+        return self.transport.dial(address, None, timeout)
+
+    def start(self, name: str, home: str = "") -> Worker:
+        means = Means(Store(self.folder / (home or name)))
+        worker = Worker(self.plugins, BareSpec(name, means), FAST, self.dial)
+        listener = self.transport.listen(Address(name, 0, "memory"), None)
+        thread = threading.Thread(target=worker.serve, args=(OpenGate(listener),), daemon=True)
+        thread.start()
+        self._listeners[name], self.workers[name] = listener, worker
+        self._ends.callback(worker.shutdown)
+        return worker
+
+    def address(self, name: str) -> Address:
+        return self._listeners[name].address
+
+    def node(
+        self, name: str, model: Checkpoint, layers: tuple[str, ...], sources: tuple[Address, ...] = (), who: str = "desk"
+    ) -> RemoteNode:
+        """A master's way to the worker; not yet connected."""
+        info = describe(model)
+        supply = ImageSupply()
+        files = supply.offer(layer_files(model, info, layers))
+        assignment = Assignment(who, model.name, "text", (layers,), LoadOptions(), files, sources)
+        address = self.address(name)
+        assigner = NodeAssigner(name, assignment, supply, lambda timeout: self.dial(address, timeout), timing=FAST)
+        fingerprints = {layer: model.fingerprint(info.layer(layer).tensors)[:32] for layer in layers}
+        expectation = Expectation("text", (layers,), info.identity, fingerprints)
+        node = RemoteNode(
+            name, str(address), lambda timeout: self.dial(address, timeout), expectation, lambda _: None, FAST, assigner
+        )
+        self._ends.callback(node.close)
+        node.start()
+        return node
+
+    def link(self, name: str, cluster: LocalCluster | None = None, handler: Handler | None = None) -> Link:
+        """A bare link to a worker."""
+        channel = self.dial(self.address(name), 5) if cluster is None else cluster.dial(cluster.addresses[name], 5)
+        link = Link(channel, name, handler or refuse, lambda link, error: None, FAST)
+        link.start()
+        self._ends.callback(link.close)
+        return link
+
+    def close(self) -> None:
+        self._ends.close()
+
+
+def refuse(link: Link, message: Message, body: memoryview) -> None:
+    raise ProtocolError(f"unexpected {message.type.name}")
+
+
+def received(node: RemoteNode) -> int:
+    assigner = node._assigner
+    assert isinstance(assigner, NodeAssigner)
+    return assigner.received
+
+
+def describe(model: Checkpoint) -> ModelInfo:
+    return ToyTextBackend().describe(model, LoadOptions())
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    made = Farm(tmp_path / "homes")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Checkpoint:
+    return write_toy_checkpoint(tmp_path / "model")
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def test_a_bare_worker_loads_what_it_is_assigned(farm: Farm, model: Checkpoint) -> None:
+    worker = farm.start("w")
+    node = farm.node("w", model, FRONT)
+    node.wait_up(10)
+    assert worker.serving is not None
+    assert worker.serving.spans == (FRONT,)
+    assert received(node) > 0
+    assert node.status().state == "up"
+
+
+def test_what_lies_in_the_cache_is_a_checkpoint(farm: Farm, model: Checkpoint) -> None:
+    worker = farm.start("w")
+    layers = (BACK[1], "model.norm", "lm_head")
+    farm.node("w", model, layers).wait_up(10)
+    (view,) = Views(worker.tenant().means.store).list()
+    assert (view.model, view.nbytes) == (model.name, view.total)
+    opened = open_path(view.path)
+    held = [name for layer in layers for name in describe(model).layer(layer).tensors]
+    assert sorted(opened.tensors) == sorted(held)
+    assert opened.fingerprint(held) == model.fingerprint(held)
+    assert describe(opened).layers == describe(model).layers
+
+
+def test_a_second_start_fetches_nothing(farm: Farm, model: Checkpoint) -> None:
+    farm.start("w")
+    farm.node("w", model, FRONT).wait_up(10)
+    farm.start("again", home="w")
+    node = farm.node("again", model, FRONT)
+    node.wait_up(10)
+    assert received(node) == 0
+
+
+def test_other_layers_of_the_same_model_fetch_only_what_is_new(farm: Farm, model: Checkpoint) -> None:
+    worker = farm.start("w")
+    first = farm.node("w", model, FRONT)
+    first.wait_up(10)
+    first.close()
+    wait_for(lambda: worker.holders(None) == [])  # type: ignore[arg-type]
+    second = farm.node("w", model, (*FRONT, BACK[0]))
+    second.wait_up(10)
+    assert worker.serving is not None
+    assert worker.serving.spans == ((*FRONT, BACK[0]),)
+    images = layer_files(model, describe(model), (BACK[0],))
+    weights = sum(image.nbytes for path, image in images.items() if path.endswith(".safetensors"))
+    # Beside the weights of the new layer the index, which lists them.
+    assert weights <= received(second) < weights + 2000
+
+
+def test_two_masters_share_what_is_the_same_and_are_told_who_holds_what_is_not(farm: Farm, model: Checkpoint) -> None:
+    farm.start("w")
+    one, two = farm.node("w", model, FRONT), farm.node("w", model, FRONT, who="couch")
+    one.wait_up(10)
+    two.wait_up(10)
+    third = farm.node("w", model, BACK, who="bed")
+    with pytest.raises(NodeBusy, match=r"w is held by master at .* \(desk|couch\) with model: model\.layers\.0-1; wait"):
+        third.wait_up(1)
+    one.close()
+    two.close()
+    third.wait_up(10)  # it tries again by itself
+
+
+def test_a_node_has_the_weights_from_another_node(farm: Farm, model: Checkpoint) -> None:
+    farm.start("w")
+    farm.node("w", model, FRONT).wait_up(10)
+    farm.start("v")
+    node = farm.node("v", model, FRONT, sources=(farm.address("w"),))
+    assigner = node._assigner
+    assert isinstance(assigner, NodeAssigner)
+    assigner._supply = NoWeights(assigner._supply)
+    node.wait_up(10)
+    assert received(node) > 0
+
+
+class NoWeights:
+    """A master that has no weights itself: only configuration."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def holds(self, names: list[str]) -> list[str]:
+        return []
+
+    def piece(self, name: str, piece: int) -> tuple[bytes, bytes]:
+        raise CheckpointError("I have none")
+
+
+def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_path: Path) -> None:
+    real = write_toy_checkpoint(tmp_path / "real")
+    write_toy_checkpoint(tmp_path / "odd", model_type="unheard-of", architectures=["OddForCausalLM"])
+    odd = SafetensorsCheckpoint(tmp_path / "odd")
+    farm.start("w")
+    supply = ImageSupply()
+    files = supply.offer(layer_files(odd, describe(real), FRONT))
+    assigner = NodeAssigner("w", Assignment("desk", "odd", "text", (FRONT,), LoadOptions(), files), supply)
+    link = farm.link("w", handler=lambda link, message, body: assigner.handle(link, message))
+    with pytest.raises(UnsupportedModel, match=r"w: .*no installed backend serves architecture 'OddForCausalLM'"):
+        assigner.assign(link)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": [["../x", "0" * 64, 1]]},
+        {"files": [["/etc/passwd", "0" * 64, 1]]},
+        {"files": [["C:\\x", "0" * 64, 1]]},
+        {"files": [["a/b/c", "0" * 64, 1]]},
+        {"files": [["x\0y", "0" * 64, 1]]},
+        {"files": [["con", "0" * 64, 1]]},
+        {"files": [[".hidden", "0" * 64, 1]]},
+        {"files": [["x" * 200, "0" * 64, 1]]},
+        {"files": [["x ", "0" * 64, 1]]},
+        {"files": [["x", "../../../x", 1]]},
+        {"files": [["x", "0" * 64, -1]]},
+        {"files": [["x", "0" * 64, True]]},
+        {"files": [["x", "0" * 64, 1], ["X", "1" * 64, 1]]},
+        {"files": [["x", "0" * 64]]},
+        {"stages": []},
+        {"stages": [[]]},
+        {"stages": [[7]]},
+        {"sources": ["://"]},
+        {"options": {"dtype": "f7"}},
+        {"options": {"context": "long"}},
+        {"options": {"extra": {"sd_clip": "/etc/passwd"}}},
+    ],
+)
+def test_hostile_assignments_are_refused(change: dict[str, Any]) -> None:
+    good = Assignment("m", "model", "text", (FRONT,), LoadOptions(), (FileSpec("config.json", "0" * 64, 3),)).as_fields()
+    assert Assignment.from_fields(good).as_fields() == good
+    with pytest.raises(ProtocolError):
+        Assignment.from_fields({**good, **change})
+
+
+def test_a_hostile_master_writes_nothing_outside_the_cache(farm: Farm, model: Checkpoint, tmp_path: Path) -> None:
+    worker = farm.start("w")
+    before = sorted(tmp_path.rglob("*"))
+    for path in ("../../escaped", "/etc/escaped", "models/../../../escaped"):
+        fields = Assignment("m", "model", "text", (FRONT,), LoadOptions(), ()).as_fields()
+        with pytest.raises(ChannelClosed, match="no path inside"):
+            farm.link("w").ask(Type.ASSIGN, {**fields, "files": [[path, "0" * 64, 5]]}).result(5)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert worker.serving is None
+
+
+def test_options_that_name_files_of_the_master_are_not_assigned() -> None:
+    options = LoadOptions(extra={"sd_lora": ("style.safetensors",)})
+    with pytest.raises(ConfigError, match="--sd-lora cannot be assigned"):
+        Assignment("m", "model", "image", (("unet",),), options, ()).as_fields()
+
+
+def test_a_worker_with_layers_of_its_own_is_not_assigned_others(farm: Farm, model: Checkpoint) -> None:
+    with LocalCluster(farm.plugins, model, MemoryTransport(), {"w0": list(FRONT)}) as cluster:
+        link = farm.link("w0", cluster)
+        fields = Assignment("m", "model", "text", (FRONT,), LoadOptions(), ()).as_fields()
+        with pytest.raises(NodeMismatch, match="layers of its own"):
+            link.ask(Type.ASSIGN, fields).result(5)
+        link.close()
+
+
+def test_nothing_is_served_before_something_is_assigned(farm: Farm) -> None:
+    farm.start("w")
+    with pytest.raises(NodeMismatch, match="no layers yet"):
+        farm.link("w").ask(Type.ATTACH, {"model_type": "text", "stages": [list(FRONT)]}).result(5)
+    with pytest.raises(StageError, match="ticket"):
+        farm.workers["w"].tenant().lend(7, farm.link("w"))
+    report, _ = farm.link("w").ask(Type.STATUS).result(5)
+    assert report.fields["report"]["model"] == ""
