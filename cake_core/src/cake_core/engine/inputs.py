@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cake_core.engine.scheduler import Step
+from cake_core.engine.step import Step
 from cake_core.model import SAMPLED, Batch, Tensor, int32_tensor
 
 

@@ -9,11 +9,18 @@ from cake_core.stages import RemoteStage, Stage
 
 CHUNK, GPU_CHUNK = 512, 2048
 """Prompt positions a batch: what nobody else has to wait for longer than."""
+PIECE, GPU_PIECE = 64, 256
+"""Prompt positions below which a batch costs no less: reading the weights takes longer than computing with them."""
 
 
 def fitting_limits(stages: Sequence[Stage]) -> Limits:
-    """As many batches in flight as there are workers; larger prompt chunks where every stage is on a GPU, which a small one
-    leaves idle."""
-    remote = sum(isinstance(stage, RemoteStage) for stage in stages)
-    fast = all(stage.memory().device.startswith("cuda") for stage in stages)
-    return Limits(depth=max(1, remote), chunk=GPU_CHUNK if fast else CHUNK)
+    """As many batches in flight as there are nodes with a KV cache, the others having next to nothing to do; of prompts, in
+    smaller pieces, enough to fill the wires as well. Larger chunks where every stage is on a GPU, which a small one leaves
+    idle."""
+    memories = [stage.memory() for stage in stages]
+    fast = all(memory.device.startswith("cuda") for memory in memories)
+    nodes = len({stage.node for stage, memory in zip(stages, memories, strict=True) if memory.kv_tokens}) or 1
+    chunk, piece = (GPU_CHUNK, GPU_PIECE) if fast else (CHUNK, PIECE)
+    if not any(isinstance(stage, RemoteStage) for stage in stages):
+        return Limits(chunk=chunk, piece=piece)
+    return Limits(depth=nodes, chunk=chunk, piece=piece, pieces=8 * nodes, chunks=4 * nodes)

@@ -16,8 +16,9 @@ from cake_core.engine.inputs import batch_of
 from cake_core.engine.pipeline import Pipeline
 from cake_core.engine.posts import Cancel, Completed, Post, Submit, Wake
 from cake_core.engine.results import apply_results
-from cake_core.engine.scheduler import Limits, Scheduler, Step
+from cake_core.engine.scheduler import Limits, Scheduler
 from cake_core.engine.sequence import Sequence
+from cake_core.engine.step import Step
 from cake_core.errors import CakeError, Cancelled, CapacityError, DeadlineExceeded, NodeError, RewindError, TransportError
 from cake_core.events import PromptProgress
 
@@ -121,7 +122,7 @@ class Loop:
         self._close_sessions()
         if not self._ready():
             return
-        while self._in_flight < max(1, self._limits.depth):
+        while self._in_flight < self._scheduler.most_in_flight:
             self._scheduler.admit()
             self._open_sessions()
             step = self._scheduler.next()
@@ -167,6 +168,7 @@ class Loop:
     def _launch(self, step: Step) -> None:
         alive = [(s, r) for s, r in zip(step.sequences, step.rows, strict=True) if s.session == r.session]
         if not alive:
+            self._scheduler.landed(step)
             self.post(Wake())
             return
         step.sequences, step.rows = [s for s, _ in alive], [r for _, r in alive]
@@ -180,6 +182,7 @@ class Loop:
     def _completed(self, post: Completed) -> list[Sequence]:
         self._in_flight -= 1
         step = post.step
+        self._scheduler.landed(step)
         self._observe(step, time.monotonic())
         for sequence, row in zip(step.sequences, step.rows, strict=True):
             sequence.in_flight -= 1

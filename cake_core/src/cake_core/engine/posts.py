@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cake_core.engine.scheduler import Step
 from cake_core.engine.sequence import Sequence
+from cake_core.engine.step import Step
 from cake_core.errors import CakeError
 from cake_core.model import Batch
 

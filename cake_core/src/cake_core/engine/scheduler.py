@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cake_core.engine.ledger import Ledger
 from cake_core.engine.prefix import PrefixCache
 from cake_core.engine.sequence import Sequence
 from cake_core.engine.speculator import Speculator
-from cake_core.model import Row, Want
+from cake_core.engine.step import Step, decode_want, prefill_want
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class Limits:
     """`rows` decoding sequences at once, `chunk` prompt positions a batch, `depth` batches in flight, over which decoding
     sequences are spread unless they run `ahead`, `queue` requests waiting, `prefixes` ended sessions kept for prompts that
     begin alike.
+
+    `pieces`: chunks that a prompt is cut into, so that all stages and the wires between them work on it at once, unless they
+    would be shorter than `piece`. `chunks`: batches of prompts in flight while nobody decodes, who would wait behind them.
 
     `ahead`: a decoding sequence may be in two batches at once, the second with the token that the first will draw.
     """
@@ -33,29 +36,9 @@ class Limits:
     ahead: bool = False
     queue: int = 1024
     prefixes: int = 32
-
-
-@dataclass(slots=True)
-class Step:
-    """A batch to be: `rows[i]` belongs to `sequences[i]`. `launched`: when, by the engine's
-    clock."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    launched: float = 0.0
-
-    @property
-    def positions(self) -> int:
-        return sum(row.length for row in self.rows)
-
-    def add(self, sequence: Sequence, length: int, want: Want) -> None:
-        assert sequence.session is not None  # noqa: S101 - admitted sequences have one
-        self.sequences.append(sequence)
-        self.rows.append(Row(sequence.session, sequence.forwarded, length, want, sequence.rewind))
-        sequence.rewind = False
-        sequence.forwarded += length
-        sequence.in_flight += 1
-        sequence.drawing += want.sample
+    pieces: int = 1
+    piece: int = 64
+    chunks: int = 0
 
 
 class Scheduler:
@@ -75,6 +58,7 @@ class Scheduler:
         self.to_open: list[tuple[Sequence, tuple[int, int] | None]] = []
         self.to_close: list[int] = []
         self.preemptions = 0
+        self._reading = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -83,8 +67,24 @@ class Scheduler:
         """The next batch, or None when there is nothing that can go now."""
         step = Step()
         self._decode(step)
-        self._prefill(step)
+        decoding = len(step.rows)
+        if self._reading < self._most_reading():
+            self._prefill(step)
+        step.reads = len(step.rows) > decoding
+        self._reading += step.reads
         return step if step.rows else None
+
+    def landed(self, step: Step) -> None:
+        """A step that `next` gave is over, one way or another."""
+        self._reading -= step.reads
+
+    @property
+    def most_in_flight(self) -> int:
+        return max(1, self.limits.depth, self.limits.chunks)
+
+    def _most_reading(self) -> int:
+        """Batches of prompts in flight: as many as keep all stages busy, unless somebody who decodes waits behind them."""
+        return max(1, self.limits.depth) if any(s.generated for s in self.running) else self.most_in_flight
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence here: its session is kept for its prefix, or closed and its blocks freed."""
@@ -191,7 +191,7 @@ class Scheduler:
                 guesses, length = [], 1
             self.ledger.take(session, sequence.forwarded + length)
             sequence.guesses = guesses
-            step.add(sequence, length, _decode_want(sequence, length))
+            step.add(sequence, length, decode_want(sequence, length))
 
     def _may_decode(self, sequence: Sequence) -> bool:
         if sequence.unwanted or sequence.ended:
@@ -205,10 +205,11 @@ class Scheduler:
                 return
             if sequence.unwanted or sequence.session is None or sequence.decoding or sequence.remaining <= 0:
                 continue
-            length = min(budget, sequence.remaining)
+            piece = max(self.limits.piece, -(-len(sequence.tokens) // self.limits.pieces))
+            length = min(budget, sequence.remaining, piece)
             if not self._make_room(sequence, sequence.forwarded + length):
                 return
-            want = _prefill_want(sequence, length)
+            want = prefill_want(sequence, length)
             budget -= length
             step.add(sequence, length, want)
 
@@ -246,22 +247,3 @@ class Scheduler:
 
     def sequences(self) -> Iterable[Sequence]:
         return [*self.running, *self.waiting]
-
-
-def _decode_want(sequence: Sequence, length: int) -> Want:
-    top = sequence.request.logprobs
-    return Want(sample=length, top=-1 if top is None else top)
-
-
-def _prefill_want(sequence: Sequence, length: int) -> Want:
-    """What a prompt chunk asks for: a draw after the last position, scores where they were not asked for before."""
-    request = sequence.request
-    if request.embed:
-        return Want(hidden=True)
-    top = -1 if request.logprobs is None else request.logprobs
-    last = length == sequence.remaining
-    score = request.score_prompt and sequence.scored == sequence.forwarded < sequence.prompt_length
-    if score:
-        sequence.scored += length
-    sample = 1 if last and sequence.generates else 0
-    return Want(sample, top if sample else -1, score, max(0, top) if score else 0)
