@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from typing import Any
 
 import httpx
@@ -49,6 +51,7 @@ def failure(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"seed": 2**70}, "seed"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"min_tokens": 4}, "min_tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -71,6 +74,9 @@ def test_a_bad_field_is_named(api: httpx.Client, change: dict[str, Any], param: 
         {"use_beam_search": True},
         {"mirostat": 2},
         {"suffix": "x"},
+        {"allowed_token_ids": [5]},
+        {"guided_json": {}},
+        {"truncate_prompt_tokens": 3},
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(api: httpx.Client, change: dict[str, Any]) -> None:
@@ -100,6 +106,31 @@ def test_deeply_nested_json_in_a_free_field_is_no_500(api: httpx.Client) -> None
         + b"}" * 3001
     )
     assert api.post(CHAT, content=bomb).status_code in (200, 400)
+
+
+def test_no_body_and_no_object_are_said_in_words(api: httpx.Client) -> None:
+    empty = failure(api.post(CHAT), 400)
+    assert (empty["message"], empty["param"]) == ("the body is empty; send a JSON object", None)
+    assert "object" in failure(api.post(CHAT, json=[1]), 400)["message"]
+
+
+def test_a_head_is_a_get_without_its_body(api: httpx.Client) -> None:
+    for path in ("/health", "/v1/models", "/", "/metrics"):
+        head = api.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == api.get(path).headers["content-type"]
+        assert head.headers["content-type"].count("charset") <= 1
+    assert api.head("/v1/nothing").status_code == 404
+    assert api.head(CHAT).status_code == 405
+
+
+def test_what_is_not_http_gets_the_same_kind_of_error(server: Any) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost localhost\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: req_" in head
+    assert json.loads(body)["error"]["code"] == "invalid_http"
 
 
 def test_unknown_paths_and_methods(api: httpx.Client) -> None:

@@ -16,6 +16,8 @@ from cake_server.openapi import openapi_config
 from cake_server.routes import ROUTES
 from cake_server.service import Service
 
+_BODY = "the body is empty; send a JSON object"
+
 
 def create_app(service: Service) -> ASGIApp:
     """The ASGI application over a service, which may still be loading its model."""
@@ -57,7 +59,8 @@ def from_http(error: HTTPException) -> ApiError:
         return ApiError(405, "this path does not take this method; see /docs", "method_not_allowed", headers=error.headers)
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first = error.extra[0]
-        param = first.get("key") or None
-        message = first.get("message", "invalid")
+        param, message = first.get("key") or None, first.get("message", "invalid")
+        if param == "data":  # the handlers' name for the body
+            param, message = None, _BODY if message == "'data'" else f"the body: {message}"
         return ApiError(400, f"{param}: {message}" if param else message, None, param)
     return ApiError(error.status_code, error.detail or "the request is not valid", None)

@@ -4,8 +4,10 @@ client that does not read."""
 from __future__ import annotations
 
 import asyncio
+import secrets
 from typing import Any, cast
 
+from cake_server.errors import ApiError, encode_error
 from cake_server.sse import ABORT
 
 HEADER_LIMIT = 65_536
@@ -52,6 +54,10 @@ def _harden(base: Any) -> type[asyncio.Protocol]:
                 if self._header_bytes > HEADER_LIMIT:
                     self.transport.abort()
 
+        def send_400_response(self, msg: str) -> None:
+            self.transport.write(_not_http())
+            self.transport.close()
+
         # httptools calls these; h11 bounds unfinished headers itself.
 
         def on_message_begin(self) -> None:
@@ -65,3 +71,10 @@ def _harden(base: Any) -> type[asyncio.Protocol]:
     if not hasattr(base, "on_headers_complete"):
         HardenedProtocol._in_headers = False
     return HardenedProtocol
+
+
+def _not_http() -> bytes:
+    """The answer to what no HTTP parser takes: it never gets as far as the application, and reads like its errors."""
+    body = encode_error(ApiError(400, "this is not HTTP/1.1", "invalid_http"))
+    head = f"content-type: application/json\r\nx-request-id: req_{secrets.token_hex(12)}\r\ncontent-length: {len(body)}\r\n"
+    return f"HTTP/1.1 400 Bad Request\r\n{head}connection: close\r\n\r\n".encode() + body

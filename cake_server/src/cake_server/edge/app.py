@@ -47,7 +47,9 @@ class _Exchange:
     """One request and its response."""
 
     def __init__(self, edge: Edge, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        self._edge, self._scope, self._receive, self._send = edge, scope, receive, send
+        # A HEAD is a GET whose body the protocol leaves out.
+        answered = cast("HTTPScope", {**scope, "method": "GET"}) if scope["method"] == "HEAD" else scope
+        self._edge, self._scope, self._receive, self._send = edge, answered, receive, send
         self._settings = edge.service.settings
         self._headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = self._headers.get("x-request-id", "")
@@ -135,5 +137,4 @@ class _Exchange:
         given = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
         start: Any = {"type": "http.response.start", "status": status, "headers": [*fixed, *given]}
         await self._tagged_send(start)
-        body = b"" if self._scope["method"] == "HEAD" else body
         await self._send({"type": "http.response.body", "body": body, "more_body": False})

@@ -39,10 +39,11 @@ def _file(name: str) -> Response[bytes]:
         raise ApiError(404, "there is nothing here", "not_found")
     suffix = f".{name.rpartition('.')[2]}"
     kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-    return Response(found.read_bytes(), media_type=f"{kind}; charset=utf-8", headers={**_HEADERS, "cache-control": "no-cache"})
+    kind = kind if kind.startswith("text/") else f"{kind}; charset=utf-8"  # which Litestar adds to texts
+    return Response(found.read_bytes(), media_type=kind, headers={**_HEADERS, "cache-control": "no-cache"})
 
 
 @get("/docs", include_in_schema=False)
 async def docs(request: AnyRequest) -> Response[bytes]:
     """A reference page made from the OpenAPI document."""
-    return Response(reference_page(document(request.app)), media_type="text/html; charset=utf-8", headers=_HEADERS)
+    return Response(reference_page(document(request.app)), media_type="text/html", headers=_HEADERS)

@@ -107,6 +107,17 @@ class SamplingFields(Struct, kw_only=True):
     xtc_probability: float | None = None
     bad_words: list[str] | None = None
     logits_processors: list[Any] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    tfs_z: float | None = None
+    top_a: float | None = None
+    samplers: Any = None
+    t_max_predict_ms: float | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class TokenLogprobBody(Struct):

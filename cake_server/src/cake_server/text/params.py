@@ -32,15 +32,32 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": ({},),
     "functions": ([],),
     "function_call": ("none", "auto"),
+    "allowed_token_ids": ([],),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "samplers": ([], ""),
+    "t_max_predict_ms": (0, -1),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
 }
 """Fields that would change the answer if we honoured them, with the values under which they would not."""
+
+_INSTEAD = {
+    "function": "; use tools and tool_choice",
+    "guided_": "; use structured_outputs",
+    "prompt_logprobs": "; use /v1/completions with echo and logprobs",
+}
 
 
 def refuse_unsupported(body: SamplingFields) -> None:
     for name, neutral in UNSUPPORTED.items():
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
-            instead = "; use tools and tool_choice" if name.startswith("function") else ""
+            instead = next((hint for start, hint in _INSTEAD.items() if name.startswith(start)), "")
             raise unsupported(name, f"{name} is not supported by this server, and would change the answer{instead}")
 
 
@@ -71,6 +88,8 @@ def text_requests(
     sampling = sampling_params(body, runtime.tokenizer, settings)
     stop_ids = runtime.tokenizer.stop_ids | frozenset(_ids(body.stop_token_ids, runtime.info.vocab_size, "stop_token_ids"))
     max_tokens = settings.max_tokens if plan.max_tokens is None else plan.max_tokens
+    if sampling.min_tokens and plan.max_tokens is not None and sampling.min_tokens > plan.max_tokens:
+        raise RequestError(f"min_tokens is {sampling.min_tokens}, more than the {plan.max_tokens} of max_tokens", "min_tokens")
     result = []
     for prompt in prompts:
         check_context(len(prompt), runtime.info.context_length, "messages" if hasattr(body, "messages") else "prompt")
