@@ -241,7 +241,7 @@ def _number(fields: Fields, name: str, where: str, default: float | None = None)
     value = fields.get(name, default)
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     _check(good, f"{where}: {name} must be a number of at least 0, not {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _text(fields: Fields, name: str, where: str, default: str | None = None) -> str:
