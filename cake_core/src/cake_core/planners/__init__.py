@@ -12,10 +12,11 @@ from cake_core.errors import TopologyError
 from cake_core.model import ModelInfo
 from cake_core.placement import Placement, place
 from cake_core.planners.costs import Costs, model_costs
+from cake_core.planners.fronts import steps
 from cake_core.planners.images import plan_images
 from cake_core.planners.report import placement_of, planned_stages, predict_steps
 from cake_core.planners.request import Alone, Plan, PlannedStage, PlanRequest, Prediction
-from cake_core.planners.search import Pin, Rules, Search, steps
+from cake_core.planners.search import Pin, Rules, Search
 from cake_core.planners.ways import best_way
 from cake_core.planners.words import advice, reasons, topology_of
 from cake_core.profiles import ClusterProfile

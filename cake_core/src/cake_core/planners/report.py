@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from cake_core.model import ModelInfo
 from cake_core.placement import Placement, Span
 from cake_core.planners.costs import Costs
+from cake_core.planners.fronts import Step
 from cake_core.planners.request import PlannedStage, PlanRequest, Prediction
-from cake_core.planners.search import MASTER_INDEX, Step
+from cake_core.planners.search import MASTER_INDEX
 from cake_core.planners.throughput import period_of
 from cake_core.profiles import ClusterProfile
 

@@ -14,19 +14,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cake_core.planners.costs import Costs, DeviceCosts, NodeCosts
+from cake_core.planners.costs import Costs, NodeCosts
+from cake_core.planners.fronts import NOTHING, Found, Front, Fronts, Visited, Way, appended, least, run
 
 MASTER_INDEX = 0
-Way = tuple["Way | None", int, int, int, int]
-"""The last step of a way: the way before it, node, device, first layer, layer after the last."""
-
-
-Step = tuple[int, int, int, int]
-"""Node, device, first layer, layer after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +31,6 @@ class Pin:
     stop: int
     node: int
     optional: bool = False
-
-
-@dataclass(slots=True)
-class Front:
-    cost: list[float]
-    way: list[Way | None]
-
-
-Fronts = dict[int, Front]
-"""By the node that was visited last."""
-Visited = frozenset[int]
-Found = tuple[float, Way | None]
-"""Seconds, and the way that takes them."""
-NOTHING: Found = (math.inf, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +63,7 @@ class Search:
     def start(self) -> Fronts:
         """Nothing covered, or a first run on the master."""
         empty = Front([0.0, *[math.inf] * self.size], [None] * (self.size + 1))
-        fronts = {MASTER_INDEX: _least(empty, self._through(MASTER_INDEX, empty))}
+        fronts = {MASTER_INDEX: least(empty, self._through(MASTER_INDEX, empty))}
         return self.settle(fronts)
 
     def alone(self, node: int) -> tuple[float, Way | None]:
@@ -104,7 +84,7 @@ class Search:
                 self._pin(fronts, pin)
             if again:
                 taken = self._through(MASTER_INDEX, self._enter(fronts, MASTER_INDEX))
-                fronts[MASTER_INDEX] = _least(fronts.get(MASTER_INDEX, taken), taken)
+                fronts[MASTER_INDEX] = least(fronts.get(MASTER_INDEX, taken), taken)
         return fronts
 
     def finish(self, fronts: Fronts) -> tuple[float, Way | None]:
@@ -117,7 +97,7 @@ class Search:
         """About what a whole way takes that goes on from here: the rest goes to workers not visited yet, those first that are
         cheapest for what they hold when they are full."""
         left = [full for full in self._full if full[2] not in visited]
-        least = math.inf
+        best = math.inf
         rest, done, place = 0.0, 0.0, 0
         for index in range(self.size, -1, -1):
             needed = 1.0 - self.costs.memory[index] / self.costs.memory[-1]
@@ -126,8 +106,8 @@ class Search:
             if place == len(left) and done < needed:
                 break
             pace = left[place][0] if place < len(left) else 0.0
-            least = min(least, min(front.cost[index] for front in fronts.values()) + rest + pace * (needed - done))
-        return least
+            best = min(best, min(front.cost[index] for front in fronts.values()) + rest + pace * (needed - done))
+        return best
 
     def _when_full(self, node: int) -> tuple[float, float, int]:
         """Seconds a share of the model, the largest share it can hold, and the worker."""
@@ -156,9 +136,9 @@ class Search:
         """Layers on a node: through its devices in their order, each or not, at least one."""
         best: Front | None = None
         for place, device in enumerate(self._nodes[node].devices):
-            taken = _run(device, self._lows[node][place], front, (node, place))
-            best = taken if best is None else _least(best, taken)
-            front = _least(front, taken)
+            taken = run(device, self._lows[node][place], front, (node, place))
+            best = taken if best is None else least(best, taken)
+            front = least(front, taken)
         assert best is not None  # noqa: S101 - a profile has at least one device
         return best
 
@@ -170,7 +150,7 @@ class Search:
             return
         front = fronts.setdefault(pin.node, Front([math.inf] * (self.size + 1), [None] * (self.size + 1)))
         if cost < front.cost[pin.stop]:
-            front.cost[pin.stop], front.way[pin.stop] = cost, _appended(before.way[pin.start], way)
+            front.cost[pin.stop], front.way[pin.stop] = cost, appended(before.way[pin.start], way)
 
     def _pinned_way(self, pin: Pin) -> tuple[float, Way | None]:
         """Pinned layers over the devices of their node. Where they do not fit they stay together on the first: the user's word
@@ -184,7 +164,7 @@ class Search:
         front = Front(cost, [None] * (self.size + 1))
         for place, device in enumerate(devices):
             low = self._low(pin.node, place, [0] * (self.size + 1))
-            front = _least(front, _run(device, low, front, (pin.node, place)))
+            front = least(front, run(device, low, front, (pin.node, place)))
         found = front.cost[pin.stop], front.way[pin.stop]
         return whole if found[1] is None and self.rules.period == math.inf else found
 
@@ -218,40 +198,6 @@ def _master(costs: Costs, rules: Rules) -> NodeCosts:
     price = rules.master_price or 0.0
     time = tuple(t + price * m for t, m in zip(first.time, costs.memory, strict=True))
     return NodeCosts(costs.nodes[MASTER_INDEX].name, (replace(first, room=first.room - nbytes, time=time), *more))
-
-
-def _run(device: DeviceCosts, low: Sequence[int], front: Front, here: tuple[int, int]) -> Front:
-    """One run of at least one layer on a device, for every stop."""
-    time, overhead, size = device.time, device.overhead, len(low) - 1
-    cost: list[float] = [math.inf] * (size + 1)
-    way: list[Way | None] = [None] * (size + 1)
-    window: deque[tuple[float, int]] = deque()
-    for stop in range(1, size + 1):
-        value = front.cost[stop - 1] - time[stop - 1]
-        if value < math.inf:
-            while window and window[-1][0] >= value:
-                window.pop()
-            window.append((value, stop - 1))
-        while window and window[0][1] < low[stop]:
-            window.popleft()
-        if window:
-            least, begin = window[0]
-            cost[stop] = least + time[stop] + overhead
-            way[stop] = (front.way[begin], *here, begin, stop)
-    return Front(cost, way)
-
-
-def _least(one: Front, other: Front) -> Front:
-    """Of two fronts the cheaper at every place, the first where they are equal."""
-    cost, way = one.cost.copy(), one.way.copy()
-    for index, value in enumerate(other.cost):
-        if value < cost[index]:
-            cost[index], way[index] = value, other.way[index]
-    return Front(cost, way)
-
-
-def _appended(before: Way | None, way: Way | None) -> Way | None:
-    return before if way is None else (_appended(before, way[0]), *way[1:])
 
 
 def every_order(search: Search, workers: Sequence[int], width: int = 0, best: Found = NOTHING) -> Found:
@@ -291,13 +237,3 @@ def one_order(search: Search, order: Sequence[int]) -> Found:
         fronts[node] = search.visit(fronts, node)
         search.settle(fronts)
     return search.finish(fronts)
-
-
-def steps(way: Way | None) -> list[Step]:
-    """The steps of a way, in order."""
-    found = []
-    while way is not None:
-        before, *step = way
-        found.append((step[0], step[1], step[2], step[3]))
-        way = before
-    return found[::-1]

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cake_core.planners.costs import Costs
-from cake_core.planners.search import MASTER_INDEX, Pin, Rules, Step, fences_of
+from cake_core.planners.fronts import Step
+from cake_core.planners.search import MASTER_INDEX, Pin, Rules, fences_of
 
 PRECISION, ROUGHLY = 1e-7, 1e-4
 """Of the period, as a share of it, where everything is tried and where not."""

@@ -9,8 +9,9 @@ from itertools import pairwise
 
 from cake_core.errors import CapacityError
 from cake_core.planners.costs import Costs
+from cake_core.planners.fronts import NOTHING, Found, Step, Way, steps
 from cake_core.planners.request import PlanRequest
-from cake_core.planners.search import MASTER_INDEX, NOTHING, Found, Pin, Rules, Search, Step, Way, every_order, one_order, steps
+from cake_core.planners.search import MASTER_INDEX, Pin, Rules, Search, every_order, one_order
 from cake_core.planners.throughput import period_of, shortest_period
 
 EXACT_WORKERS = 8

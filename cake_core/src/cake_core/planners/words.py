@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from cake_core.placement import Placement
 from cake_core.planners.costs import Costs
+from cake_core.planners.fronts import Step
 from cake_core.planners.request import Alone, PlannedStage, PlanRequest, Prediction
-from cake_core.planners.search import MASTER_INDEX, Step
+from cake_core.planners.search import MASTER_INDEX
 from cake_core.profiles import ClusterProfile
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address
