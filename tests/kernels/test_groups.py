@@ -1,4 +1,4 @@
-"""Group-wise 4 and 8 bit weights: (code - zero) * scale."""
+"""Group-wise 4 and 8 bit weights, (code - zero) * scale, and 8-bit floats."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ def test_group_wise_product_and_rows(isa: str, kind: str, rows: int, cols: int, 
     # Codes and zeros are summed apart, so rounding is relative to their size, not to the weights'.
     slack = 1e-5 * np.abs(x).sum(axis=1, keepdims=True) * top * scales.max()
     assert np.all(np.abs(product(weights, x) - x.astype(np.float64) @ w.T) <= activation_bound(x, w) * 1.001 + slack)
+
+
+@pytest.mark.parametrize(("rows", "cols", "group"), [(16, 128, 32), (35, 320, 128), (6, 96, 96), (1, 48, 16)])
+def test_8_bit_floats(isa: str, rows: int, cols: int, group: int) -> None:
+    """Every finite e4m3 number, its own scale for each group of a row; activations stay f32."""
+    rng = np.random.default_rng(rows)
+    codes = (
+        rng.permutation(np.resize(np.setdiff1d(np.arange(256), [127, 255]), rows * cols)).astype(np.uint8).reshape(rows, cols)
+    )
+    sign, exponent, fraction = codes >> 7, codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1 + fraction / 8, exponent.astype(np.int32) - 7)
+    values = np.where(exponent > 0, normal, np.ldexp(fraction / 8, -6)) * np.where(sign, -1, 1)
+    scales = rng.uniform(0.001, 1.0, (rows, -(-cols // group))).astype(np.float32)
+    w = values * np.repeat(scales, group, axis=1)[:, :cols]
+    memory = np.concatenate([codes.reshape(-1), scales.view(np.uint8).reshape(-1)])
+    weights = Weights("F8", memory, rows, cols, group)
+    out, ids = np.empty((rows, cols), np.float32), np.arange(rows, dtype=np.int32)
+    kernels.rows(weights.matrix, address(ids), rows, address(out))
+    np.testing.assert_allclose(out, w, rtol=1e-6)
+    x = rng.standard_normal((7, cols), dtype=np.float32)
+    slack = 1e-6 * np.abs(x.astype(np.float64)) @ np.abs(w).T
+    assert np.all(np.abs(product(weights, x) - x.astype(np.float64) @ w.T) <= slack)

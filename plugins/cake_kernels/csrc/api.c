@@ -88,7 +88,7 @@ const char *cake_isa(void) { return cake_current_ops()->name; }
 int32_t cake_abi(void) { return CAKE_ABI; }
 
 int32_t cake_want(int32_t type) {
-  return type == CAKE_BF16 ? WANT_BF16 : type == CAKE_F32 || type == CAKE_F16 ? WANT_FLOAT : WANT_UNITS;
+  return type == CAKE_BF16 ? WANT_BF16 : type == CAKE_F32 || type == CAKE_F16 || type == CAKE_F8 ? WANT_FLOAT : WANT_UNITS;
 }
 
 void cake_prepare(const cake_ops *ops, int32_t wants, const float *x, int32_t row, int32_t cols, int32_t column, int32_t count,

@@ -30,13 +30,14 @@ enum cake_type {
   CAKE_I8 = 24, /* KV cache only: int8 with one f32 scale a vector */
   CAKE_BF16 = 30,
   CAKE_G4 = 100, /* group-wise 4 bit: (q - zero) * scale, groups of a multiple of 32 columns */
-  CAKE_G8 = 101  /* the same with 8 bit */
+  CAKE_G8 = 101, /* the same with 8 bit */
+  CAKE_F8 = 102  /* 8-bit floats (e4m3), row after row, then f32 scales [rows, ceil(cols / group)] */
 };
 
-/* W[rows, cols]. f32, f16 and bf16 lie row after row as in the file; the others are packed by `cake_pack`. */
+/* W[rows, cols]. f32, f16, bf16 and f8 lie row after row as in the file; the others are packed by `cake_pack`. */
 typedef struct {
   const void *data;
-  int32_t type, rows, cols, group; /* group: columns a group for CAKE_G4 and CAKE_G8, else 0 */
+  int32_t type, rows, cols, group; /* group: columns a scale for CAKE_G4, CAKE_G8 and CAKE_F8, else 0 */
 } cake_matrix;
 
 typedef struct cake_pool cake_pool;

@@ -1,17 +1,28 @@
-/* f32, f16 and bf16 weights, row after row as in the file. Included once an instruction set.
+/* f32, f16, bf16 and f8 weights, row after row as in the file. Included once an instruction set.
 
    bf16 weights meet activations rounded to bf16, the others f32 ones; sums are f32. The order of summation does not depend on
    the batch. */
 
 #define DENSE_LANES 16
 
+/* e4m3 has the fraction and the exponent of an f16 with three and four bits less, so its bits in place are 2^8 too small: that
+   factor is in the scale. */
+static INLINE vf f_f8_(const uint8_t *p) {
+  uint16_t half[DENSE_LANES];
+  for (int i = 0; i < DENSE_LANES; i++) half[i] = (uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7);
+  return f_half(half);
+}
+
 static INLINE vf widen_type_(const int type, const void *p, int64_t i) {
   switch (type) {
     case CAKE_F16: return f_half((const uint16_t *)p + i);
     case CAKE_BF16: return f_bf16((const uint16_t *)p + i);
+    case CAKE_F8: return f_f8_((const uint8_t *)p + i);
     default: return f_load((const float *)p + i);
   }
 }
+
+static INLINE size_t dense_size_(const int type) { return type == CAKE_F32 ? 4 : type == CAKE_F8 ? 1 : 2; }
 
 /* The last cols % 16 columns, filled up with zeros. */
 static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t count) {
@@ -19,7 +30,7 @@ static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t c
     float f[DENSE_LANES];
     uint16_t h[DENSE_LANES];
   } tail = {{0}};
-  size_t size = type == CAKE_F32 ? 4 : 2;
+  size_t size = dense_size_(type);
   memcpy(&tail, (const char *)p + (size_t)i * size, (size_t)count * size);
   return type == CAKE_F32 ? f_load(tail.f) : widen_type_(type, tail.h, 0);
 }
@@ -28,16 +39,25 @@ static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t c
 static INLINE void dense_tile_(const int type, const int nr, const int mt, const cake_matrix *w, int32_t row, const void *x,
                                int64_t x_stride, float *y, int64_t y_stride) {
   const int x_type = type == CAKE_BF16 ? CAKE_BF16 : CAKE_F32;
-  const size_t size = type == CAKE_F32 ? 4 : 2, x_size = x_type == CAKE_F32 ? 4 : 2;
+  const size_t size = dense_size_(type), x_size = x_type == CAKE_F32 ? 4 : 2;
   const char *rows = (const char *)w->data + (size_t)row * (size_t)w->cols * size;
   vf acc[4][DENSE_ROWS];
   UNROLL for (int r = 0; r < nr; r++) UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_zero();
-  int32_t k = 0, full = w->cols / DENSE_LANES * DENSE_LANES;
+  vf scales[4];
+  const int32_t groups = type == CAKE_F8 ? (w->cols + w->group - 1) / w->group : 0;
+  const float *scale = (const float *)((const char *)w->data + (size_t)w->rows * (size_t)w->cols) + (int64_t)row * groups;
+  int32_t k = 0, full = w->cols / DENSE_LANES * DENSE_LANES, next = 0;
   for (; k < full; k += DENSE_LANES) {
+    if (type == CAKE_F8 && k == next) {
+      UNROLL for (int r = 0; r < nr; r++) scales[r] = f_set(scale[r * groups] * 256.0f);
+      next += w->group;
+      scale++;
+    }
     vf b[DENSE_ROWS];
     UNROLL for (int m = 0; m < mt; m++) b[m] = widen_type_(x_type, (const char *)x + (size_t)(m * x_stride) * x_size, k);
     UNROLL for (int r = 0; r < nr; r++) {
       vf a = widen_type_(type, rows + (size_t)r * (size_t)w->cols * size, k);
+      if (type == CAKE_F8) a = f_mul(a, scales[r]);
       UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_fma(a, b[m], acc[r][m]);
     }
   }
@@ -81,6 +101,7 @@ static INLINE void dense_type_(const int type, const cake_matrix *w, const activ
 FOR_TYPE(F32)
 FOR_TYPE(F16)
 FOR_TYPE(BF16)
+FOR_TYPE(F8)
 #undef FOR_TYPE
 
 static void matmul_any(const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end, float *y,
@@ -88,6 +109,7 @@ static void matmul_any(const cake_matrix *w, const activations *a, int32_t m, in
   switch (w->type) {
     case CAKE_F32: dense_F32(w, a, m, begin, end, y, y_stride); break;
     case CAKE_F16: dense_F16(w, a, m, begin, end, y, y_stride); break;
+    case CAKE_F8: dense_F8(w, a, m, begin, end, y, y_stride); break;
     default: matmul_units(w, a, m, begin, end, y, y_stride);
   }
 }

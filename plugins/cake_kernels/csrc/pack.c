@@ -226,6 +226,14 @@ static void unpack_row(const cake_matrix *w, int32_t row, float *out) {
   }
 }
 
+static void widen_f8(const cake_matrix *w, int32_t row, float *out) {
+  const uint8_t *codes = (const uint8_t *)w->data + (int64_t)row * w->cols;
+  const int32_t groups = (w->cols + w->group - 1) / w->group;
+  const float *scales = (const float *)((const uint8_t *)w->data + (int64_t)w->rows * w->cols) + (int64_t)row * groups;
+  for (int32_t k = 0; k < w->cols; k++)
+    out[k] = half_to_float((uint16_t)((codes[k] & 0x80) << 8 | (codes[k] & 0x7F) << 7)) * scales[k / w->group] * 256.0f;
+}
+
 int32_t cake_rows(const cake_matrix *w, const int32_t *ids, int32_t count, float *out) {
   for (int32_t i = 0; i < count; i++, out += w->cols) {
     if (ids[i] < 0 || ids[i] >= w->rows) return -1;
@@ -235,6 +243,7 @@ int32_t cake_rows(const cake_matrix *w, const int32_t *ids, int32_t count, float
       for (int32_t k = 0; k < w->cols; k++) out[k] = half_to_float(((const uint16_t *)w->data)[start + k]);
     else if (w->type == CAKE_BF16)
       for (int32_t k = 0; k < w->cols; k++) out[k] = bf16_to_float(((const uint16_t *)w->data)[start + k]);
+    else if (w->type == CAKE_F8) widen_f8(w, ids[i], out);
     else unpack_row(w, ids[i], out);
   }
   return 0;

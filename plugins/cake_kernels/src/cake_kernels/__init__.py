@@ -34,9 +34,9 @@ __all__ = [
 
 TYPES = {
     "F32": 0, "F16": 1, "BF16": 30, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
-    "G4": 100, "G8": 101,
+    "G4": 100, "G8": 101, "F8": 102,
 }  # fmt: skip
-"""Number of each weight type: GGUF's names and numbers, and group-wise 4 and 8 bit."""
+"""Number of each weight type: GGUF's names and numbers, group-wise 4 and 8 bit, and 8-bit floats (e4m3)."""
 
 PLAIN = ("F32", "F16", "BF16")
 """Types that are multiplied as they lie in the file, row after row."""

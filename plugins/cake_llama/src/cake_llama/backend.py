@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from cake_core.checkpoint import Checkpoint, TensorInfo
+from cake_core.checkpoint import Checkpoint
 from cake_core.errors import ConfigError
 from cake_core.model import BACKEND_API, DTYPE_SIZES, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
 from cake_llama.config import FAMILIES, KV_BLOCK, ModelConfig, architecture_of
+from cake_llama.hf_quant import Stored, scheme_of
 from cake_llama.names import EMBED, HEAD, layer_tensors
 from cake_llama.random_model import RandomCheckpoint, RandomTokenizer
 
@@ -83,44 +84,41 @@ class LlamaBackend:
         return probe(options)
 
 
-Width = Callable[[TensorInfo], int]
-"""Bytes that a tensor takes in memory."""
+Width = Callable[[Stored], int]
+"""Bytes that a weight takes in memory."""
 
 
 def _width(checkpoint: Checkpoint, options: LoadOptions, item: int) -> Width:
     """Raises ConfigError for a width that cannot be had."""
+    packed, as_is = checkpoint.format == "gguf", options.dtype == "auto"
     if options.quantize in (None, "none"):
-        if options.dtype == "auto" and checkpoint.format == "gguf":
-            return lambda tensor: tensor.nbytes
-        return lambda tensor: math.prod(tensor.shape) * item
+        return lambda weight: weight.nbytes if as_is and (packed or weight.form != "plain") else math.prod(weight.shape) * item
     size = QUANTIZED_BYTES.get(str(options.quantize))
     if size is None:
         raise ConfigError(f"unknown --quantize {options.quantize}; use int8, int4 or none")
-    if checkpoint.format == "gguf":
-        raise ConfigError(f"{checkpoint.name} is a GGUF file, whose weights stay as they are; leave --quantize out")
+    if packed or scheme_of(checkpoint) is not None:
+        raise ConfigError(f"{checkpoint.name} is quantised already, its weights stay as they are; leave --quantize out")
 
-    def narrow(tensor: TensorInfo) -> int:
-        if len(tensor.shape) == 1:
-            return 4 * tensor.shape[0]
-        whole = tensor.name.startswith((EMBED, HEAD))
-        return math.prod(tensor.shape) * (QUANTIZED_BYTES["int8"] if whole else size) // 32
+    def narrow(weight: Stored) -> int:
+        if len(weight.shape) == 1:
+            return 4 * weight.shape[0]
+        whole = weight.name.startswith((EMBED, HEAD))
+        return math.prod(weight.shape) * (QUANTIZED_BYTES["int8"] if whole else size) // 32
 
     return narrow
 
 
-def _layer(config: ModelConfig, name: str, tensors: Sequence[TensorInfo], width: Width, kv_item: int) -> Layer:
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    file_nbytes = sum(tensor.nbytes for tensor in tensors)
-    nbytes = sum(width(tensor) for tensor in tensors)
+def _layer(config: ModelConfig, name: str, weights: Sequence[Stored], width: Width, kv_item: int) -> Layer:
+    nbytes = sum(width(weight) for weight in weights)
     block = name.startswith("model.layers.")
     return Layer(
         name=name,
         nbytes=nbytes,
-        tensors=tuple(tensor.name for tensor in tensors),
-        file_nbytes=file_nbytes,
+        tensors=tuple(part.name for weight in weights for part in weight.parts.values()),
+        file_nbytes=sum(weight.nbytes for weight in weights),
         kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * kv_item if block else 0,
         weights_read_per_token=0 if name == EMBED else nbytes,
-        flops_per_token=0 if name == EMBED else 2 * parameters,
+        flops_per_token=0 if name == EMBED else 2 * sum(math.prod(weight.shape) for weight in weights),
     )
 
 

@@ -69,6 +69,9 @@ class GgufWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name).shape
 
+    def kind(self, name: str) -> str:
+        return self._find(name).dtype
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         """Rows of a matrix as blocks, in the order of the Hugging Face weights."""
         tensor = self._find(name)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError
 from cake_llama.config import ModelConfig
+from cake_llama.hf_quant import Finder, Shape, Stored, scheme_of
 
 EMBED, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
-Shape = tuple[int, ...]
 Parts = Mapping[str, tuple[str, ...]]
 """Names of a block's weights by our part of it, without `.weight`; several are stacked, in this order."""
 
@@ -77,28 +77,35 @@ def _block_weights(config: ModelConfig, index: int) -> dict[str, Shape]:
     return found
 
 
-def layer_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[TensorInfo]]:
-    """The headers of each layer's tensors, layers in the order of execution.
+def layer_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, list[Stored]]:
+    """Each layer's weights, layers in the order of execution.
 
-    Raises CheckpointError for a tensor that is missing or of another shape than the configuration says.
+    Raises CheckpointError for a tensor that is missing or of another shape than the configuration says, UnsupportedModel for a
+    quantisation that is not served.
     """
-    own_names = own_names_of(checkpoint)
+    own_names, scheme = own_names_of(checkpoint), scheme_of(checkpoint)
+    finder = None if scheme is None else Finder(checkpoint.path, scheme, checkpoint.headers)
 
-    def header(name: str, shape: Shape) -> TensorInfo:
-        if name not in own_names:
-            close = difflib.get_close_matches(name, own_names, 1)
-            hint = f" (the nearest there is {close[0]!r})" if close else ""
-            raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}{hint}; download the model again")
-        found = checkpoint.headers[own_names[name]]
-        if found.shape != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {found.name!r} is {list(found.shape)}, the configuration says {list(shape)}; "
-                "download both again, from the same model"
-            )
-        return found
+    def weight(name: str, shape: Shape) -> Stored:
+        quantised = None if finder is None else finder.find(name, shape)
+        return quantised or Stored(name, shape, {"weight": _header(checkpoint, own_names, name, shape)})
 
     layers = layer_names(config)
-    return {layer: [header(*weight) for weight in layer_weights(config, layer).items()] for layer in layers}
+    return {layer: [weight(*named) for named in layer_weights(config, layer).items()] for layer in layers}
+
+
+def _header(checkpoint: Checkpoint, own_names: Mapping[str, str], name: str, shape: Shape) -> TensorInfo:
+    if name not in own_names:
+        close = difflib.get_close_matches(name, own_names, 1)
+        hint = f" (the nearest there is {close[0]!r})" if close else ""
+        raise CheckpointError(f"{checkpoint.path} has no tensor {name!r}{hint}; download the model again")
+    found = checkpoint.headers[own_names[name]]
+    if found.shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {found.name!r} is {list(found.shape)}, the configuration says {list(shape)}; "
+            "download both again, from the same model"
+        )
+    return found
 
 
 def own_names_of(checkpoint: Checkpoint) -> Mapping[str, str]:

@@ -121,6 +121,9 @@ class RandomWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def kind(self, name: str) -> str:
+        return "BF16"
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         import torch
 

@@ -10,6 +10,7 @@ import torch
 
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
+from cake_llama.hf_quant import scheme_of
 from cake_llama.packed import PLAIN, Packed, stored
 from cake_llama.random_model import RandomCheckpoint, RandomWeights
 from cake_llama.wire import bytes_of
@@ -35,6 +36,9 @@ class WeightSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def kind(self, name: str) -> str:
+        """What `rows` gives of a matrix: F32, F16, BF16, a GGUF type, G4, G8 or F8. Reads no weights."""
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         """Rows start .. stop - 1 of a matrix at the width of the file, on the CPU."""
 
@@ -47,7 +51,15 @@ def weight_source(checkpoint: Checkpoint, device: torch.device = CPU) -> WeightS
         from cake_llama.gguf_weights import GgufWeights
 
         return GgufWeights(checkpoint)
-    return SafetensorsWeights(checkpoint)
+    scheme = scheme_of(checkpoint)
+    if scheme is None:
+        return SafetensorsWeights(checkpoint)
+    from cake_llama.config import ModelConfig
+    from cake_llama.hf_weights import QuantizedWeights
+    from cake_llama.names import layer_tensors
+
+    layers = layer_tensors(checkpoint, ModelConfig.from_checkpoint(checkpoint)).values()
+    return QuantizedWeights(checkpoint, {weight.name: weight for layer in layers for weight in layer}, scheme)
 
 
 class SafetensorsWeights:
@@ -63,12 +75,16 @@ class SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[0].shape
 
+    def kind(self, name: str) -> str:
+        kept = self._find(name)[1]
+        return PLAIN[kept if kept in PLAIN else torch.float32]
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         info, kept = self._find(name)
         first, *rest = info.shape
         count = (first if stop is None else stop) - start
         result = torch.empty((count, *rest), dtype=kept)
-        _read(info, start * math.prod(rest) * kept.itemsize, result)
+        read_into(info, start * math.prod(rest) * kept.itemsize, result)
         return stored(result if kept in PLAIN else result.to(torch.float32))
 
     def _find(self, name: str) -> tuple[TensorInfo, torch.dtype]:
@@ -88,15 +104,16 @@ class SafetensorsWeights:
         for start in range(0, flat.numel(), max(1, step)):
             piece = flat[start : start + step]
             if kept is dtype:
-                _read(info, start * kept.itemsize, piece)
+                read_into(info, start * kept.itemsize, piece)
             else:
                 raw = torch.empty(piece.numel(), dtype=kept)
-                _read(info, start * kept.itemsize, raw)
+                read_into(info, start * kept.itemsize, raw)
                 piece.copy_(raw)
         return result
 
 
-def _read(info: TensorInfo, start: int, into: torch.Tensor) -> None:
+def read_into(info: TensorInfo, start: int, into: torch.Tensor) -> None:
+    """Fills `into` with the bytes of a tensor from byte `start` on. Raises CheckpointError when they are not there."""
     view = bytes_of(into)
     try:
         with info.file.open("rb", buffering=0) as file:

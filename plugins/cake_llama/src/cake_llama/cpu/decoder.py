@@ -85,9 +85,10 @@ def make_decoder(config: ModelConfig, blocks: Sequence[Block], cache: KvCache) -
 
 
 def _pools(block: Block) -> list[cake_kernels.Pool | None]:
-    """Of each projection that the decoder needs in its own matrices; None for one that is made otherwise."""
+    """Of each projection that the decoder needs in its own matrices; None for one that is made otherwise or wants its input
+    in another order."""
     wanted = ((block.qkv, 3), (block.output, 1), (block.gate_up, 2), (block.down, 1))
-    return [p.pool if isinstance(p, NativeLinear) and len(p.parts) == parts else None for p, parts in wanted]
+    return [p.pool if isinstance(p, NativeLinear) and p.in_order and len(p.parts) == parts else None for p, parts in wanted]
 
 
 def _layer(block: Block, cache: KvCache) -> cake_kernels.Layer:

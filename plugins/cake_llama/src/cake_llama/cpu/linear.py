@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import cake_kernels
-from cake_llama.packed import Blocks, Groups, Packed
+from cake_llama.packed import Blocks, Groups, Packed, Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,20 +17,27 @@ class Weight:
 
     matrix: cake_kernels.Matrix
     memory: Tensor
+    order: Tensor | None = None
+    """Of the input's values, where the columns are sorted by group."""
 
     @property
     def rows(self) -> int:
         return int(self.matrix.rows)
 
 
-class Packing:
-    """A matrix that is filled piece by piece, so that a load needs little beside the weights themselves."""
+PIECE_ROWS = 16
+"""Rows that the kernels interleave."""
 
-    def __init__(self, kind: str, shape: tuple[int, int], group: int, pool: cake_kernels.Pool) -> None:
+
+class Packing:
+    """A matrix that is filled piece by piece, so that a load needs little beside the weights themselves. `like`: any piece."""
+
+    def __init__(self, shape: tuple[int, int], like: Packed, pool: cake_kernels.Pool) -> None:
         rows, cols = shape
-        self._kind, self._cols, self._group, self._pool = kind, cols, group, pool
-        memory = _aligned(cake_kernels.packed_bytes(kind, rows, cols, group))
-        self.weight = Weight(cake_kernels.Matrix(memory.data_ptr(), cake_kernels.TYPES[kind], rows, cols, group), memory)
+        self._kind, self._cols, self._group, self._pool = like.kind, cols, like.group, pool
+        memory = _aligned(cake_kernels.packed_bytes(like.kind, rows, cols, like.group))
+        matrix = cake_kernels.Matrix(memory.data_ptr(), cake_kernels.TYPES[like.kind], rows, cols, like.group)
+        self.weight = Weight(matrix, memory, like.order)
 
     def put(self, start: int, rows: Packed) -> None:
         """Rows from `start` on; all but the last piece hold a multiple of PIECE_ROWS of them."""
@@ -38,20 +45,31 @@ class Packing:
         before = cake_kernels.packed_bytes(self._kind, start, self._cols, self._group) if start else 0
         at = self.weight.memory.data_ptr() + before
         matrix = cake_kernels.Matrix(at, cake_kernels.TYPES[self._kind], count, self._cols, self._group)
-        if isinstance(rows, Groups):
-            self._pool.pack_groups(matrix, rows.codes.data_ptr(), rows.scales.data_ptr(), rows.zeros.data_ptr())
-        else:
-            self._pool.pack(matrix, rows.data.data_ptr())
+        match rows:
+            case Groups():
+                self._pool.pack_groups(matrix, rows.codes.data_ptr(), rows.scales.data_ptr(), rows.zeros.data_ptr())
+            case Blocks():
+                self._pool.pack(matrix, rows.data.data_ptr())
+            case _:
+                raise TypeError(f"{rows.kind} is not packed")
 
 
-PIECE_ROWS = 16
-"""Rows that the kernels interleave."""
-
-
-def plain_weight(rows: Blocks) -> Weight:
+def plain_weight(rows: Packed) -> Weight:
     """F32, F16 or BF16 rows, multiplied where they lie."""
+    if not isinstance(rows, Blocks) or rows.kind not in cake_kernels.PLAIN:
+        raise TypeError(f"{rows.kind} is not plain")
     count, cols = rows.shape
     return Weight(cake_kernels.Matrix(rows.data.data_ptr(), cake_kernels.TYPES[rows.kind], count, cols, 0), rows.data)
+
+
+def scaled_weight(rows: Scaled) -> Weight:
+    """8-bit floats, row after row, and behind them the scales of each row's groups of columns."""
+    (count, cols), wide = rows.shape, rows.block[1]
+    by_row = rows.scales_by_row()
+    memory = torch.empty(count * cols + by_row.nbytes, dtype=torch.uint8)
+    memory[: count * cols] = rows.values.view(torch.uint8).reshape(-1)
+    memory[count * cols :] = by_row.view(torch.uint8).reshape(-1)
+    return Weight(cake_kernels.Matrix(memory.data_ptr(), cake_kernels.TYPES["F8"], count, cols, wide), memory)
 
 
 def _aligned(nbytes: int) -> Tensor:
@@ -77,9 +95,14 @@ class NativeLinear:
         y = torch.empty((len(x), out), dtype=torch.float32)
         at = 0
         for index, part in enumerate(self.parts):
-            self.pool.matmul(part.matrix, self.bias_of(index), x.data_ptr(), y.data_ptr() + 4 * at, len(x), out)
+            own = x if part.order is None else x[:, part.order]
+            self.pool.matmul(part.matrix, self.bias_of(index), own.data_ptr(), y.data_ptr() + 4 * at, len(x), out)
             at += part.rows
         return y
+
+    @property
+    def in_order(self) -> bool:
+        return all(part.order is None for part in self.parts)
 
     def bias_of(self, index: int) -> int | None:
         """Address of the bias of a part."""

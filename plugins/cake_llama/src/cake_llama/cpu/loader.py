@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cake_core.errors import ConfigError
+from cake_core.errors import CheckpointError
 from cake_llama.config import ModelConfig
-from cake_llama.cpu.quantize import GROUP, quantized
 from cake_llama.cpu.tiled import TiledEmbedding, TiledLinear
 from cake_llama.model import Dtypes, Embedding, Loader, Parts, Project
 from cake_llama.names import EMBED, HEAD
-from cake_llama.packed import Blocks, Packed, stored
+from cake_llama.packed import PLAIN, Blocks, Packed, Scaled, grouped, stored
 from cake_llama.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -35,34 +34,24 @@ PIECE_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Treatment:
-    """What becomes of the weights: converted to `dtype` (None: left as they are), narrowed to `quantize`, used by `threads`."""
+    """What becomes of the weights: converted to `dtype` (None: left as they are), used by `threads`."""
 
     dtype: torch.dtype | None
-    quantize: str | None
     threads: int
 
 
 class FileWidthLoader(Loader):
-    """With PyTorch alone. `dtype`: convert weights to it; None leaves them as they are in the file."""
+    """With PyTorch alone."""
 
-    native = False
-    """Whether products are made on the packed weights, not on dequantised tiles."""
-
-    def __init__(
-        self, config: ModelConfig, source: WeightSource, dtype: torch.dtype | None, moved: Callable[[int], None]
-    ) -> None:
+    def __init__(self, config: ModelConfig, source: WeightSource, how: Treatment, moved: Callable[[int], None]) -> None:
         super().__init__(config, source, torch.device("cpu"), Dtypes(torch.float32, torch.float32), moved)
-        self._keep = dtype
+        self._keep = how.dtype
 
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:
-        rows = tuple(self._rows(f"{name}.weight") for name in names)
-        self._moved(sum(part.nbytes for part in rows))
-        return TiledLinear(rows, self._biases(names) if bias else None)
+        return TiledLinear(tuple(self._rows(f"{name}.weight") for name in names), self._biases(names) if bias else None)
 
     def embedding(self) -> Embedding:
-        rows = self._rows(f"{EMBED}.weight")
-        self._moved(rows.nbytes)
-        return TiledEmbedding(rows)
+        return TiledEmbedding(self._rows(f"{EMBED}.weight"))
 
     def head(self, shared: Embedding | None) -> Project:
         if not self._config.tied:
@@ -75,22 +64,22 @@ class FileWidthLoader(Loader):
         return parts
 
     def _rows(self, name: str) -> Packed:
-        return self._source.rows(name) if self._keep is None else stored(self._source.load(name, self._keep))
+        """A matrix as it will be multiplied."""
+        rows = self._source.rows(name) if self._keep is None else stored(self._source.load(name, self._keep))
+        self._moved(rows.nbytes)
+        return grouped(rows) if isinstance(rows, Blocks) else rows
 
     def _biases(self, names: Sequence[str]) -> Tensor:
         return torch.cat([self.tensor(f"{name}.bias", torch.float32) for name in names])
 
 
 class NativeLoader(FileWidthLoader):
-    """With cake-kernels, whose threads are its pool's. `how.quantize`: narrow the weights to int8 or int4."""
-
-    native = True
+    """With cake-kernels, whose threads are its pool's."""
 
     def __init__(self, config: ModelConfig, source: WeightSource, how: Treatment, moved: Callable[[int], None]) -> None:
         import cake_kernels
 
-        super().__init__(config, source, how.dtype, moved)
-        self._quantize = how.quantize
+        super().__init__(config, source, how, moved)
         self._pool = cake_kernels.Pool(how.threads)
 
     def linear(self, names: Sequence[str], bias: bool = False) -> Project:
@@ -134,47 +123,38 @@ class NativeLoader(FileWidthLoader):
             start += count
 
     def _weight(self, name: str, start: int = 0, stop: int | None = None) -> Weight:
-        """Rows start .. stop - 1 of a tensor, read and packed piece by piece."""
+        """Rows start .. stop - 1 of a tensor as the kernels want them."""
         from cake_kernels import PLAIN, TYPES
-        from cake_llama.cpu.linear import plain_weight
+        from cake_llama.cpu.linear import plain_weight, scaled_weight
 
-        if self._quantize is not None and self._source.shape(name)[1] % GROUP == 0:
-            return self._packed(name, start, stop)
+        kind = self._source.kind(name)
         if self._keep is not None:
-            rows = stored(self._source.load(name, self._keep)[start:stop])
-            self._moved(rows.nbytes)
-            return plain_weight(rows)
-        head = self._source.rows(name, start, start + 1)
-        kind = head.kind
-        if kind not in TYPES:
-            return self._widened(name, kind, start, stop)
-        if isinstance(head, Blocks) and kind in PLAIN:
+            whole: Packed = stored(self._source.load(name, self._keep)[start:stop])
+        elif kind in PLAIN or kind == "F8":
             whole = self._source.rows(name, start, stop)
-            self._moved(whole.nbytes)
-            return plain_weight(whole)  # type: ignore[arg-type]
-        return self._packed(name, start, stop)
+        elif kind in TYPES:
+            return self._packed(name, start, stop)
+        else:
+            return self._widened(name, kind, start, stop)
+        self._moved(whole.nbytes)
+        return scaled_weight(whole) if isinstance(whole, Scaled) else plain_weight(whole)
 
     def _packed(self, name: str, start: int, stop: int | None) -> Weight:
-        """Read, narrowed if that was asked for, and packed piece by piece."""
+        """Read and packed piece by piece."""
         from cake_llama.cpu.linear import PIECE_ROWS, Packing
 
-        stop = self._source.shape(name)[0] if stop is None else stop
-        head = self._treated(name, start, start + 1)
-        packing = Packing(head.kind, (stop - start, head.shape[1]), head.group, self._pool)
-        step = max(1, PIECE_BYTES // (4 * head.shape[1]) // PIECE_ROWS) * PIECE_ROWS
+        count, cols = self._source.shape(name)
+        stop = count if stop is None else stop
+        step = max(1, PIECE_BYTES // (4 * cols) // PIECE_ROWS) * PIECE_ROWS
+        packing: Packing | None = None
         for at in range(start, stop, step):
-            piece = self._treated(name, at, min(at + step, stop))
+            piece = self._source.rows(name, at, min(at + step, stop))
+            packing = packing or Packing((stop - start, cols), piece, self._pool)
             packing.put(at - start, piece)
             self._moved(piece.nbytes)
+        if packing is None:
+            raise CheckpointError(f"{name} has no rows; download the model again")
         return packing.weight
-
-    def _treated(self, name: str, start: int, stop: int) -> Packed:
-        """Rows as they will be multiplied. The embedding and the head are not narrowed below 8 bit."""
-        rows = self._source.rows(name, start, stop)
-        if self._quantize is None:
-            return rows
-        whole = name.startswith((f"{EMBED}.", f"{HEAD}."))
-        return quantized(rows.dequantized(), "int8" if whole else self._quantize)
 
     def _widened(self, name: str, kind: str, start: int, stop: int | None) -> Weight:
         from cake_llama.cpu.linear import plain_weight
@@ -201,20 +181,15 @@ def has_kernels() -> bool:
 def cpu_loader(
     config: ModelConfig, source: WeightSource, how: Treatment, moved: Callable[[int], None]
 ) -> FileWidthLoader | None:
-    """The loader for a stage on the CPU; None where PyTorch's own layers serve best: plain weights without cake-kernels.
-
-    Raises ConfigError when weights are to be narrowed without cake-kernels.
-    """
+    """The loader for a stage on the CPU; None where PyTorch's own layers serve best: plain weights without cake-kernels."""
     if has_kernels():
         return NativeLoader(config, source, how, moved)
-    if how.quantize is not None:
-        raise ConfigError(f"--quantize {how.quantize} needs cake-kernels; install it, or leave --quantize out")
-    kinds = {source.rows(name, 0, 1).kind for name in source.names() if len(source.shape(name)) == 2}
-    if how.dtype is not None or kinds <= {"F32", "F16", "BF16"}:
+    kinds = {source.kind(name) for name in source.names() if len(source.shape(name)) == 2}
+    if how.dtype is not None or kinds <= set(PLAIN.values()):
         return None
     log.warning(
-        "cake-kernels is not installed: %s weights are dequantised, at load where memory suffices and at every step, which is "
-        "slow, where not; install cake-kernels",
+        "cake-kernels is not installed: %s weights are dequantised at every step, which is slow; install cake-kernels, or "
+        "widen them at load with --dtype f32 where memory is plenty",
         "/".join(sorted(kinds)),
     )
-    return FileWidthLoader(config, source, None, moved)
+    return FileWidthLoader(config, source, how, moved)

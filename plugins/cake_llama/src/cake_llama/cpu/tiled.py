@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from cake_llama.packed import Packed
 
-TILE_VALUES = 1 << 20
+TILE_VALUES = 1 << 18
 """Values dequantised at a time: little beside the weights, and few enough to be still in the cache when they are multiplied."""
 
 
@@ -24,15 +24,21 @@ class TiledLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> f32 [T, out]"""
         x = x.to(torch.float32)
-        out = torch.cat([piece for part in self.parts for piece in _products(part, x)], -1)
-        return out if self.bias is None else out + self.bias
+        out = torch.empty((len(x), sum(part.shape[0] for part in self.parts)), dtype=torch.float32)
+        at = 0
+        for part in self.parts:
+            _multiply(part, x, out[:, at : at + part.shape[0]])
+            at += part.shape[0]
+        return out if self.bias is None else out.add_(self.bias)
 
 
-def _products(part: Packed, x: Tensor) -> list[Tensor]:
+def _multiply(part: Packed, x: Tensor, out: Tensor) -> None:
     count, cols = part.shape
     step = max(1, TILE_VALUES // cols)
     x = x if part.order is None else x[:, part.order]
-    return [linear(x, part.rows(start, min(start + step, count)).dequantized()) for start in range(0, count, step)]
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        out[:, start:stop] = linear(x, part.rows(start, stop).dequantized())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,17 @@
-"""`--quantize`: weights to 8 or 4 bit while they are loaded."""
+"""`--quantize`: weights to 8 or 4 bit while they are read."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cake_llama.packed import Blocks, Groups, Packed, pack_nibbles
+from cake_llama.names import EMBED, HEAD
+from cake_llama.packed import Blocks, Groups, Packed, joined, pack_nibbles
+
+if TYPE_CHECKING:
+    from cake_llama.weights import WeightSource
 
 GROUP = 32
 """Columns that share a scale, which is also the width of a block of 8-bit activations."""
@@ -14,7 +20,39 @@ SHRINKS = tuple(1.0 - 0.02 * step for step in range(16))
 """Ranges tried for 4 bit, as shares of the group's own: a narrower one clips the extremes and rounds all others finer."""
 
 
-def quantized(rows: Tensor, kind: str) -> Packed:
+PIECE_VALUES = 1 << 22
+"""Values narrowed at a time."""
+
+KINDS = {"int8": "Q8_0", "int4": "G4"}
+
+
+class NarrowedWeights:
+    """A source whose matrices are narrowed: the embedding and the head to 8 bit always, the others as `quantize` says."""
+
+    def __init__(self, source: WeightSource, quantize: str) -> None:
+        self._source, self._quantize = source, quantize
+        self.names, self.shape, self.load = source.names, source.shape, source.load
+
+    def kind(self, name: str) -> str:
+        return KINDS[self._width(name)] if self._narrows(name) else self._source.kind(name)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
+        if not self._narrows(name):
+            return self._source.rows(name, start, stop)
+        count, cols = self._source.shape(name)
+        stop, step, width = count if stop is None else stop, max(1, PIECE_VALUES // cols), self._width(name)
+        starts = range(start, stop, step)
+        return joined([quantized(self._source.rows(name, at, min(at + step, stop)).dequantized(), width) for at in starts])
+
+    def _narrows(self, name: str) -> bool:
+        shape = self._source.shape(name)
+        return len(shape) == 2 and shape[1] % GROUP == 0
+
+    def _width(self, name: str) -> str:
+        return "int8" if name.startswith((f"{EMBED}.", f"{HEAD}.")) else self._quantize
+
+
+def quantized(rows: Tensor, kind: str) -> Blocks | Groups:
     """f32 [rows, cols] (a multiple of GROUP) as `int8` or `int4`."""
     return _int8(rows) if kind == "int8" else _int4(rows)
 
