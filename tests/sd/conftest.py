@@ -76,8 +76,9 @@ class Wire:
 class FakeRemote:
     """A component behind a wire: everything is turned into bytes on the way, as between two processes."""
 
-    def __init__(self, component: Any, wire: Wire) -> None:
+    def __init__(self, component: Any, wire: Wire, node: str) -> None:
         self.name = component.name
+        self.node = node
         self.wire = wire
         self._component = component
         self._known: dict[int, dict[bytes, Tensor]] = {}
@@ -142,7 +143,8 @@ class Cluster:
 
 @pytest.fixture
 def cluster() -> Iterator[Callable[..., Cluster]]:
-    """`cluster(folder, remote=("unet",), dtype="f32", replicas={"unet": 2}, **options)`: the model with these layers remote."""
+    """`cluster(folder, remote=("unet",), dtype="f32", replicas={"unet": 2}, **options)`: the model with these layers remote,
+    each replica on a node of its own unless `node` names one for all."""
     made: list[Cluster] = []
 
     def make(
@@ -151,6 +153,7 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
         dtype: str = "f32",
         replicas: Mapping[str, int] | None = None,
         master: Path | None = None,
+        node: str = "",
         **extra: Any,
     ) -> Cluster:
         options = LoadOptions(dtype=dtype, device="cpu", extra={f"sd_{key}": value for key, value in extra.items()})
@@ -163,7 +166,10 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
             loaded = [BACKEND.load(checkpoint, info, layer.name, options) for _ in range(count)]
             if layer.name in remote:
                 wires[layer.name] = [Wire() for _ in loaded]
-                loaded = [FakeRemote(c, wire) for c, wire in zip(loaded, wires[layer.name], strict=True)]
+                loaded = [
+                    FakeRemote(c, wire, node or f"{layer.name}-{index}")
+                    for index, (c, wire) in enumerate(zip(loaded, wires[layer.name], strict=True))
+                ]
             components[layer.name] = loaded
         home = DiffusersCheckpoint(master or folder)
         painter = BACKEND.assemble(home, BACKEND.describe(home, options), components, options)

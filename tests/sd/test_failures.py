@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_a_node_that_stays_away_is_an_error_that_names_it(model: Any, cluster: A
     _lose(made.components["unet"][0], at=2, times=1000, method="forward" if loop == "master" else "loop_next")
     with pytest.raises(NodeLost, match="w0 is lost"):
         made.paint(REQUEST)
+
+
+def test_an_error_of_the_node_that_decodes_ends_the_request(model: Any, cluster: Any) -> None:
+    """Also one of the last picture's, and of one whose successor is being denoised; the model stays usable."""
+    made = cluster(model("sd15"), ("vae",), rejoin=0.1)
+    request = replace(REQUEST, images=3)
+    expected = made.paint(request)
+    for at in (1, 2, 3):
+        _lose(made.components["vae"][0], at, times=1000, method="decode")
+        with pytest.raises(NodeLost, match="w0 is lost"):
+            made.paint(request)
+    made.components["vae"][0].before = lambda _method: None
+    assert made.paint(request) == expected
 
 
 def test_waiting_for_a_node_can_be_cancelled(model: Any, cluster: Any) -> None:

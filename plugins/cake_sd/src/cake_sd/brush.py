@@ -32,12 +32,17 @@ class Brush:
         self._last: torch.Tensor | None = None
         self._pipeline: Any = lane.pipeline(plan.task, plan.scheduler)
 
-    def paint(self, batch: Batch) -> list[ImageDone]:
-        """Raises RequestError for what the pipeline refuses, StageError for latents that are no numbers."""
+    def denoise(self, batch: Batch) -> torch.Tensor:
+        """What is to be decoded. Raises RequestError for what the pipeline refuses, StageError for latents that are no
+        numbers."""
         self._batch = batch
         z = self._elsewhere() if self._lane.loop_elsewhere else self._here()
         self._check_numbers(z)
-        pixels = self._decode(z)
+        return z
+
+    def finish(self, z: torch.Tensor) -> list[ImageDone]:
+        """The pictures. May be called from another thread: the lane may be painting the next ones."""
+        batch, pixels = self._batch, self._decode(z)
         if self._last is not None:
             self._preview.learn(to_latents(self._pipeline, self._last, self._plan.width, self._plan.height), pixels)
         height, width = pixels.shape[1:3]

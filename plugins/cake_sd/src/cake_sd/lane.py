@@ -63,6 +63,13 @@ class Lane:
         """Whether the loop is to run beside a denoiser that is on another node."""
         return self._sd.loop == "worker" and isinstance(self.denoisers.links[self.index], RemoteLink)
 
+    @property
+    def decodes_elsewhere(self) -> bool:
+        """Whether the autoencoder computes on another node than the denoiser: the next image need not wait for it then."""
+        vae = next(found for layer, found in self._replicas.items() if KINDS[layer] == "vae")
+        denoisers = self.denoisers.links if self._sd.parallel == "guidance" else [self.denoisers.links[self.index]]
+        return vae.links[self.index % len(vae)].node not in {link.node for link in denoisers}
+
     def call(self, layer: str, method: str, arguments: Arguments) -> Results:
         """Where every shell's call ends up."""
         kind, replicas = KINDS[layer], self._replicas[layer]

@@ -58,6 +58,8 @@ class Link(Protocol):
     """One component of a layer, called in torch. Not for two threads at a time."""
 
     name: str
+    node: str
+    """Where it computes; empty for this process."""
 
     def run(self, method: str, job: Job, arguments: Arguments) -> Results: ...
 
@@ -66,6 +68,8 @@ class Link(Protocol):
 
 class LocalLink:
     """A component that this process loaded: called as it is, nothing is converted or copied."""
+
+    node = ""
 
     def __init__(self, component: TorchComponent) -> None:
         self.name = component.name
@@ -86,6 +90,7 @@ class RemoteLink:
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.name = component.name
+        self.node = str(getattr(component, "node", component.name))
         self.component = component
         self._device = device
         self._packers: dict[tuple[int, str], Packer] = {}

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from cake_core.errors import Cancelled, ConfigError, NodeMismatch, StageError
-from cake_core.events import ImageDone, ImageWarning
+from cake_core.events import ImageWarning
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import Component, ModelInfo
 from cake_core.requests import ImageRequest
 from cake_sd.brush import Brush
 from cake_sd.components import About, TorchComponent
+from cake_sd.decoding import Decoding, InOrder
 from cake_sd.lane import Home, Lane, TextCache, first_error, lanes_wanted
 from cake_sd.layout import KINDS, component_config
 from cake_sd.links import Job, Link, LocalLink, RemoteLink, Replicas, Traffic
 from cake_sd.loading import config_digest, load_tokenizer
 from cake_sd.options import SdOptions
-from cake_sd.plan import Plan, make_plan
+from cake_sd.plan import Batch, Plan, make_plan
 from cake_sd.preview import LinearPreview
 from cake_sd.quiet import quieten
 from cake_sd.trace import Trace
@@ -56,6 +57,7 @@ class Painter:
         self._replicas = {layer: _replicas(layer, found, home, sd) for layer, found in self._components.items()}
         self._lanes = [Lane(checkpoint, self._replicas, sd, home, index) for index in range(lanes_wanted(self._replicas, sd))]
         self._threads = ThreadPoolExecutor(len(self._lanes), "cake-sd lane") if len(self._lanes) > 1 else None
+        self._decoders = ThreadPoolExecutor(len(self._lanes), "cake-sd decoding")
         self._preview = LinearPreview()
         self.traffic = Traffic()
         """Of the latest request: what crossed nodes."""
@@ -83,23 +85,25 @@ class Painter:
 
     def _paint(self, plan: Plan, job: Job, emit: Emit) -> None:
         queue = iter(plan.batches)
-        order = _InOrder(emit)
+        order = InOrder(emit)
         guard = threading.Lock()
         stop = threading.Event()
         shared = Job(job.id, lambda: stop.is_set() or job.cancelled(), job.traffic, job.trace)
 
         def work(lane: Lane) -> None:
             lane.job = shared
-            while True:
-                with guard:
-                    batch = next(queue, None)
-                if batch is None:
-                    return
-                try:
-                    order.add(Brush(lane, plan, self._preview, emit).paint(batch))
-                except BaseException:
-                    stop.set()
-                    raise
+            try:
+                with Decoding(order, self._decoders if lane.decodes_elsewhere else None) as decoding:
+                    while (batch := take()) is not None:
+                        brush = Brush(lane, plan, self._preview, emit)
+                        decoding.add(brush, brush.denoise(batch))
+            except BaseException:
+                stop.set()
+                raise
+
+        def take() -> Batch | None:
+            with guard:
+                return next(queue, None)
 
         if self._threads is None or len(plan.batches) == 1:
             work(self._lanes[0])
@@ -111,27 +115,11 @@ class Painter:
             raise error
 
     def shutdown(self) -> None:
+        self._decoders.shutdown()
         if self._threads is not None:
             self._threads.shutdown()
         for replicas in self._replicas.values():
             replicas.shutdown()
-
-
-class _InOrder:
-    """Hands finished images on in their order, whichever lane is done first."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._lock = threading.Lock()
-        self._waiting: dict[int, ImageDone] = {}
-        self._next = 0
-
-    def add(self, images: Sequence[ImageDone]) -> None:
-        with self._lock:
-            self._waiting |= {image.image: image for image in images}
-            while (image := self._waiting.pop(self._next, None)) is not None:
-                self._emit(image)
-                self._next += 1
 
 
 def _introduce(
