@@ -11,3 +11,6 @@ settings.register_profile(
     "fuzz", max_examples=10_000, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# Tests look for workers only where they say so, never on the network they happen to run in.
+os.environ.setdefault("CAKE_WORKERS", "none")

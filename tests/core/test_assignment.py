@@ -83,7 +83,7 @@ class Farm:
         files = supply.offer(layer_files(model, info, layers))
         assignment = Assignment(who, model.name, "text", (layers,), LoadOptions(), files, sources)
         address = self.address(name)
-        assigner = NodeAssigner(name, assignment, supply, lambda timeout: self.dial(address, timeout), timing=FAST)
+        assigner = NodeAssigner(name, lambda: assignment, supply, lambda timeout: self.dial(address, timeout), timing=FAST)
         fingerprints = {layer: model.fingerprint(info.layer(layer).tensors)[:32] for layer in layers}
         expectation = Expectation("text", (layers,), info.identity, fingerprints)
         node = RemoteNode(
@@ -175,7 +175,7 @@ def test_other_layers_of_the_same_model_fetch_only_what_is_new(farm: Farm, model
     first = farm.node("w", model, FRONT)
     first.wait_up(10)
     first.close()
-    wait_for(lambda: worker.holders(None) == [])  # type: ignore[arg-type]
+    wait_for(lambda: worker.holders() == [])
     second = farm.node("w", model, (*FRONT, BACK[0]))
     second.wait_up(10)
     assert worker.serving is not None
@@ -231,7 +231,7 @@ def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_
     farm.start("w")
     supply = ImageSupply()
     files = supply.offer(layer_files(odd, describe(real), FRONT))
-    assigner = NodeAssigner("w", Assignment("desk", "odd", "text", (FRONT,), LoadOptions(), files), supply)
+    assigner = NodeAssigner("w", lambda: Assignment("desk", "odd", "text", (FRONT,), LoadOptions(), files), supply)
     link = farm.link("w", handler=lambda link, message, body: assigner.handle(link, message))
     with pytest.raises(UnsupportedModel, match=r"w: .*no installed backend serves architecture 'OddForCausalLM'"):
         assigner.assign(link)

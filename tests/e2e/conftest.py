@@ -99,6 +99,7 @@ def home(tmp_path: Path) -> dict[str, str]:
         "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
+        "CAKE_WORKERS": "none",
     }
 
 

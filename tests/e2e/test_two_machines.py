@@ -1,4 +1,4 @@
-"""The README's second screen, word for word but for addresses: a worker on one machine, the question on another.
+"""The README's second screen, word for word: a worker on one machine, the question on another.
 
 Two network namespaces joined by a virtual cable where root and iproute2 are to be had, else two homes on this machine.
 """
@@ -36,9 +36,9 @@ class Machine:
 Pair = tuple[Machine, Machine]
 
 
-def screen(name: str) -> str:
+def screen(name: str, way: str = "two-machines") -> str:
     """The code block of the README that this comment announces."""
-    match = re.search(rf"<!-- two-machines: {re.escape(name)} -->\n```\w+\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    match = re.search(rf"<!-- {way}: {re.escape(name)} -->\n```\w+\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     assert match is not None, f"the README has no block {name!r}"
     return match[1]
 
@@ -88,43 +88,73 @@ def machines(
                 _ip("netns", "del", f"cake-{space}-{tag}")
 
 
-def test_the_second_screen(machines: Pair, spawn: Callable[..., Any], home: dict[str, str]) -> None:
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(spawn: Callable[..., Any], home: dict[str, str]) -> Run:
+    """`run(machine, line, model)` types a line on a machine."""
+
+    def typed(machine: Machine, line: str, model: str = "") -> Any:
+        folders = {"HOME": str(machine.home), "CAKE_CONFIG_DIR": "", "CAKE_CACHE_DIR": "", "CAKE_WORKERS": "auto"}
+        command = [*machine.prefix, "bash", "-c", f"cd {machine.home} && {line} {model}"]
+        return spawn(command, {**home, **folders})
+
+    return typed
+
+
+def test_the_second_screen(machines: Pair, run: Run) -> None:
+    """Three commands, no file copied, no YAML: a token that two machines made."""
     here, there = machines
+    model = _model(here.home)
+    # In a namespace nothing but the README's words; on loopback, where there is no multicast, the worker's address as well.
+    local = not there.prefix
+    bind, found = (f"--address {there.address}", f"--workers {there.address}") if local else ("", "")
 
-    def run(machine: Machine, line: str) -> Any:
-        folder = {"HOME": str(machine.home), "CAKE_CONFIG_DIR": str(machine.home / "config")}
-        model = "" if line.startswith("cake key") else _model(machine.home)
-        return spawn([*machine.prefix, "bash", "-c", f"cd {machine.home} && {line} {model}"], {**home, **folder})
-
-    topology = screen("topology.yml").replace("192.168.1.20:10128", there.address)
-    for machine in machines:
-        (machine.home / "topology.yml").write_text(topology)
-
-    worker = run(there, screen("worker").strip().replace("0.0.0.0:10128", _bind(there.address)))
+    worker = run(there, f"{screen('worker').strip()} {bind}")
     worker.wait_for("listening on")
     printed = re.search(r"cake key join [0-9a-f]{64}", worker.output)
     assert printed is not None, worker.output
 
-    stranger = run(here, screen("run").strip() + " --wait 5")
-    assert stranger.wait() == 1
+    stranger = run(here, f"{screen('run').strip()} --max-tokens 2 {found}", model)
+    assert stranger.wait() == 0, "who finds nobody to help answers alone"
     assert "cake key" in stranger.output, "who has no key is told what to do"
-    assert "Traceback" not in stranger.output
 
-    join = screen("join").strip()
-    assert join.startswith("cake key join ")
+    assert screen("join").startswith("cake key join ")
     taken = run(here, f"{printed[0]} --replace")
     assert taken.wait() == 0, taken.output
 
     # The answer may be long; its end is not what is tested.
-    answer = run(here, screen("run").strip() + " --max-tokens 24")
+    answer = run(here, f"{screen('run').strip()} --max-tokens 24 {found}", model)
+    assert answer.wait() == 0, answer.output
+    assert re.search(r"found \S+ \(.*free", answer.output), answer.output
+    assert re.search(r"master +model\.embed_tokens, model\.layers\.0-\d+ ", answer.output)
+    assert re.search(r"\S+ +model\.layers\.\d+-29, model\.norm, lm_head ", answer.output)
+    assert re.search(r"\d+ tokens, time to first token", answer.output)
+    fetched = re.search(r"\(([\d.]+) MB fetched\)", worker.output)
+    assert fetched is not None
+    assert not list(there.home.rglob("topology.yml"))
+
+    again = run(here, f"{screen('run').strip()} --max-tokens 2 {found}", model)
+    assert again.wait() == 0, again.output
+    assert worker.output.count("fetched)") == 1, "what is loaded already is not assigned again"
+
+
+@pytest.mark.parametrize("machines", ["homes"], indirect=True)
+def test_the_screen_with_a_topology(machines: Pair, run: Run) -> None:
+    here, there = machines
+    topology = screen("topology.yml", "topology").replace("192.168.1.20:10128", there.address)
+    for machine in machines:
+        (machine.home / "topology.yml").write_text(topology)
+    worker = run(there, screen("worker", "topology").strip().replace("0.0.0.0:10128", there.address), _model(there.home))
+    worker.wait_for("listening on")
+    printed = re.search(r"cake key join [0-9a-f]{64}", worker.output)
+    assert printed is not None, worker.output
+    assert run(here, printed[0]).wait() == 0
+    answer = run(here, screen("run", "topology").strip() + " --max-tokens 24", _model(here.home))
     assert answer.wait() == 0, answer.output
     assert re.search(r"laptop +model\.layers\.0-14 ", answer.output)
     assert re.search(r"\d+ tokens, time to first token", answer.output)
-
-
-def _bind(address: str) -> str:
-    """Where the worker listens: on every interface of its namespace, but only on loopback where it has none of its own."""
-    return address if address.startswith("127.") else f"0.0.0.0:{address.partition(':')[2]}"
 
 
 def _model(folder: Path) -> str:

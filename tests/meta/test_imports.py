@@ -12,11 +12,11 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors",
         "model requests events checkpoint transport topology png formats config",
-        "placement profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys strangers "
-        "handshake gate security units",
+        "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
+        "strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub bundle split",
-        "connect waiting link stage_inputs stages serving weights assignment assigner tenant hops guest worker chain "
-        "expectation cluster engine runtime",
+        "connect waiting link stage_inputs stages serving weights assignment assigner tenant hops guest worker "
+        "chain expectation cluster discovery survey engine nodes runtime gathering",
         "bench",
         "cli __main__",
         "testing",
@@ -35,8 +35,10 @@ THIRD_PARTY = {
     "huggingface_hub": ("hub",),
     "pluggy": ("hookspecs", "plugins"),
     "pytest": ("testing",),
+    "ifaddr": ("discovery",),
     "segno": ("cli",),
     "yaml": ("topology", "split", "cli"),
+    "zeroconf": ("discovery",),
 }
 NETWORK = {"asyncio", "http", "select", "selectors", "socket", "socketserver", "ssl", "urllib.request"}
 NETWORK_IN = {"cake_core.hub": {"urllib.request"}}

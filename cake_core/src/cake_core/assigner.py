@@ -30,21 +30,24 @@ Dial = Callable[[float], Channel]
 
 
 class NodeAssigner:
-    """For one node, however often it is connected. `dial` opens further links; None where only the worker can dial."""
+    """For one node, however often it is connected. `make` works the assignment out when it is first needed. `dial` opens more
+    links; None where only the worker can dial."""
 
     def __init__(
         self,
         node: str,
-        assignment: Assignment,
+        make: Callable[[], Assignment],
         supply: Supply,
         dial: Dial | None = None,
         report: Report | None = None,
         timing: LinkTiming | None = None,
     ) -> None:
-        self.assignment = assignment
         self.received = 0
         """Bytes of weights that the worker fetched, from whomever, when it was last assigned."""
+        self.active = False
         self._node = node
+        self._make = make
+        self._made: Assignment | None = None
         self._supply = supply
         self._dial = dial
         self._report = report
@@ -54,8 +57,16 @@ class NodeAssigner:
 
     def assign(self, link: Link) -> None:
         """Returns when the layers are loaded. Raises what keeps the worker from it, or the link's end."""
+        self.active = True
+        try:
+            if self._made is None:
+                self._made = self._make()
+            self._assign(link, replace(self._made, ticket=secrets.randbits(62)))
+        finally:
+            self.active = False
+
+    def _assign(self, link: Link, assignment: Assignment) -> None:
         self._loaded.clear()
-        assignment = replace(self.assignment, ticket=secrets.randbits(62))
         try:
             link.ask(Type.ASSIGN, assignment.as_fields()).result(ANSWER_TIMEOUT)
         except TimeoutError:

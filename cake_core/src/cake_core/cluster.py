@@ -18,6 +18,7 @@ from cake_core.errors import (
     NodeError,
     NodeLost,
     NodeMismatch,
+    NodeUnassigned,
     NodeUnreachable,
     ProtocolError,
     TransportError,
@@ -61,6 +62,10 @@ Dial = Callable[[float], Channel]
 
 class Assigner(Protocol):
     """Has a worker load its layers before the master attaches (cake_core.assigner)."""
+
+    @property
+    def active(self) -> bool:
+        """Whether `assign` is at work."""
 
     def assign(self, link: Link) -> None:
         """Returns when the layers are loaded. Raises what keeps the worker from it."""
@@ -119,6 +124,11 @@ class RemoteNode:
         return self._state
 
     @property
+    def loading(self) -> bool:
+        """Whether the worker is there and fetches or loads what it was assigned: that may take as long as it takes."""
+        return self._assigner is not None and self._assigner.active
+
+    @property
     def error(self) -> CakeError | None:
         """Why the node is not up."""
         return self._error
@@ -130,18 +140,26 @@ class RemoteNode:
             raise self._named(self._error or NodeLost(f"{self.name} is not connected"))
         return link
 
+    def wait_known(self, timeout: float) -> None:
+        """Waits until the node is up or loads what it was assigned. Raises as `wait_up`."""
+        if not self._wait(timeout, lambda: self._link is not None or self.loading):
+            self.link()
+
     def wait_up(self, timeout: float) -> Link:
         """Waits for the link. Raises what keeps it down: at once where waiting cannot mend it, else after `timeout` s."""
+        while not self._wait(timeout, lambda: self._link is not None) and self.loading:
+            timeout = 1.0
+        return self.link()
+
+    def _wait(self, timeout: float, reached: Callable[[], bool]) -> bool:
         until = time.monotonic() + timeout
         with self._changed:
-            while self._link is None:
-                if isinstance(self._error, PERMANENT):
-                    break
+            while not reached():
                 left = until - time.monotonic()
-                if left <= 0 or self._closed.is_set():
-                    break
-                self._changed.wait(left)
-        return self.link()
+                if left <= 0 or self._closed.is_set() or isinstance(self._error, PERMANENT):
+                    return False
+                self._changed.wait(min(left, 0.2) if self._assigner is not None else left)
+        return True
 
     def memory_of(self, layers: tuple[str, ...]) -> Memory:
         memory = self._report.get("memory", [])
@@ -194,9 +212,13 @@ class RemoteNode:
             link.close()
         fields = {"model_type": self.expectation.model_type, "stages": [list(s) for s in self.expectation.stages]}
         try:
-            if self._assigner is not None:
+            try:
+                message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
+            except NodeUnassigned:
+                if self._assigner is None:
+                    raise
                 self._assigner.assign(link)
-            message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
+                message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
             self.expectation.check(message.fields, self.name, self.address)
         except TimeoutError:
             link.close()

@@ -64,7 +64,7 @@ def error_from_fields(values: Mapping[str, Any]) -> CakeError:
         for cls in (
             errors.StageError, errors.CapacityError, errors.RequestError, errors.NodeMismatch, errors.ProtocolError,
             errors.ConfigError, errors.UnsupportedModel, errors.CheckpointError, errors.Cancelled, errors.NodeLost,
-            errors.RewindError, errors.NodeBusy,
+            errors.RewindError, errors.NodeBusy, errors.NodeUnassigned,
         )
     }  # fmt: skip
     return kinds.get(values["kind"], errors.StageError)(values["message"])

@@ -16,6 +16,7 @@ from cake_core.errors import CakeError, ConfigError, NodeMismatch, NodeUnreachab
 from cake_core.hello import check_hello, hello_node, make_hello
 from cake_core.keys import ClusterKey, obtain_key
 from cake_core.plugins import Plugins
+from cake_core.topology import MASTER
 from cake_core.transport import Address, Channel
 
 
@@ -43,14 +44,16 @@ class Keyring:
 
 
 class Connector:
-    """The master's way to its workers. `joining` names those without a host, who dial the master at `listen_at`."""
+    """The master's way to its workers. `joining` names those without a host, who dial the master at `listen_at`; None lets
+    everybody join who has the key."""
 
     def __init__(
-        self, plugins: Plugins, keyring: Keyring, joining: Collection[str] = (), listen_at: Address | None = None
+        self, plugins: Plugins, keyring: Keyring, joining: Collection[str] | None = (), listen_at: Address | None = None
     ) -> None:
         self._plugins = plugins
         self._keyring = keyring
-        self._arrivals: dict[str, queue.SimpleQueue[Channel]] = {name: queue.SimpleQueue() for name in joining}
+        self._arrivals: dict[str, queue.SimpleQueue[Channel]] = {name: queue.SimpleQueue() for name in joining or ()}
+        self._open = joining is None
         self._gate: security.Gate | None = None
         if joining and listen_at is None:
             raise ConfigError(
@@ -76,11 +79,18 @@ class Connector:
         """An authenticated channel to a worker that dials us. Raises NodeUnreachable when it has not."""
         try:
             # A short wait at a time: the caller tries again, and meanwhile knows why.
-            return self._arrivals[name].get(timeout=min(timeout, 0.5))
+            return self._queue(name).get(timeout=min(timeout, 0.5))
         except queue.Empty:
             raise NodeUnreachable(
                 f"{name} has not joined at {self.address} yet; start `cake worker --name {name} --join HOST:PORT` there", name
             ) from None
+
+    def arrived(self) -> list[str]:
+        """Names of the workers that have joined and that nobody talks to yet."""
+        return [name for name, waiting in list(self._arrivals.items()) if not waiting.empty()]
+
+    def _queue(self, name: str) -> queue.SimpleQueue[Channel]:
+        return self._arrivals.setdefault(name, queue.SimpleQueue()) if self._open else self._arrivals[name]
 
     def close(self) -> None:
         """Stops listening. Channels handed out live on."""
@@ -90,6 +100,8 @@ class Connector:
     def _admit(self, hello: bytes, peer: str) -> None:
         check_hello(hello, peer)
         node = hello_node(hello)
+        if self._open and node and node != MASTER:
+            return
         if node not in self._arrivals:
             names = ", ".join(self._arrivals)
             raise NodeMismatch(f"{peer} joins as {node!a}, but here only {names} may join", node, peer)
@@ -101,7 +113,7 @@ class Connector:
                 channel, hello = gate.accept()
             except TransportError:
                 return
-            self._arrivals[hello_node(hello)].put(channel)
+            self._queue(hello_node(hello)).put(channel)
 
 
 def dial_master(plugins: Plugins, keyring: Keyring, address: Address, name: str, timeout: float) -> Channel:

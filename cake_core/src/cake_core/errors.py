@@ -18,6 +18,7 @@
     |   +-- NodeUnreachable         nobody answers at the address
     |   +-- NodeLost                it was there and is gone
     |   +-- NodeMismatch            it serves another model, other layers or another protocol version
+    |   |   +-- NodeUnassigned      it brought no layers and waits for a master to assign some
     |   +-- NodeBusy                another master holds it
     +-- TransportError              below a node: bytes could not be moved
     |   +-- ChannelClosed           the peer closed, or we did
@@ -114,6 +115,10 @@ class NodeLost(NodeError):
 class NodeMismatch(NodeError):
     exit_code = 2
     code = "node_mismatch"
+
+
+class NodeUnassigned(NodeMismatch):
+    code = "node_unassigned"
 
 
 class NodeBusy(NodeError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cake_core.bodies import split_buffers
 from cake_core.codec import spec_from_fields
-from cake_core.errors import CakeError, NodeMismatch, ProtocolError, StageError, TransportError
+from cake_core.errors import CakeError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
 from cake_core.hops import Forward, Hops
 from cake_core.link import Link
 from cake_core.model import Batch, Tensor
@@ -40,6 +40,7 @@ class Host(Protocol):
     def serving(self) -> Serving | None:
         """What is loaded now."""
 
+    bare: bool
     profile: Callable[[], NodeProfile] | None
 
     def report(self) -> dict[str, Any]: ...
@@ -66,6 +67,7 @@ class Guest:
     def __init__(self, worker: Host) -> None:
         self._worker = worker
         self._serving: Serving | None = None
+        self._assigned = False
         self._forward_to: Forward | None = None
         """Set when no master but another worker is at the other end."""
         self.sessions: dict[tuple[int, int], int] = {}
@@ -134,17 +136,20 @@ class Guest:
                 if self._worker.profile is None:
                     raise StageError(f"{self._worker.name} has not been measured")
                 link.answer(message, Type.PROFILED, {"profile": self._worker.profile().as_fields()})
+            case Type.PROBE:
+                link.answer(message, Type.PROBED, {})
             case Type.ASSIGN | Type.LEND | Type.FETCH | Type.HOLDS:
                 if message.type is Type.ASSIGN:
                     self.release()
+                    self._assigned = True
                 self._worker.tenant().serve(link, message, self._worker.holders(self))
             case _:
                 raise StageError(f"a worker does not serve {message.type.name}")
 
     def _attach(self, fields: Mapping[str, Any]) -> None:
         worker, serving = self._worker, self._worker.serving
-        if serving is None:
-            raise NodeMismatch(f"{worker.name} has no layers yet; let a master assign some, or start it with --model")
+        if serving is None or (worker.bare and not self._assigned):
+            raise NodeUnassigned(f"{worker.name} has no layers yet; let a master assign some, or start it with --model")
         asked, served = fields["stages"], [list(span) for span in serving.spans]
         if fields["model_type"] != serving.info.model_type:
             raise NodeMismatch(

@@ -42,6 +42,8 @@ class Type(IntEnum):
     PIECE = 56
     HOLDS = 57  # either side: which of these files have you?
     HELD = 58
+    PROBE = 59  # master: bytes to measure the link by
+    PROBED = 60
 
 
 CHAINED = 1 << 31
@@ -61,6 +63,7 @@ ANSWERS: Mapping[Type, Type] = {
     Type.ASSIGN: Type.ASSIGNED,
     Type.FETCH: Type.PIECE,
     Type.HOLDS: Type.HELD,
+    Type.PROBE: Type.PROBED,
 }
 """What answers a request, unless an ERROR does."""
 
@@ -105,5 +108,7 @@ SCHEMAS: Mapping[Type, Mapping[str, Any]] = {
     Type.PIECE: {"digest": bytes, "tensors": list},
     Type.HOLDS: {"files": list},
     Type.HELD: {"files": list},
+    Type.PROBE: {"tensors": list},
+    Type.PROBED: {},
 }
 """Fields by name, with their types. Others are let be, so that later versions may add some."""

@@ -41,6 +41,8 @@ MAX_NAME = 64
 
 
 _BATCHES = (Type.FORWARD, Type.OUTPUT)
+_LISTING = (Type.CALL, Type.RESULT, Type.PIECE, Type.PROBE)
+"""Messages that list their tensors in their fields."""
 _PREFIX = struct.Struct("<BBHIQ")
 _ROW = struct.Struct("<QIIHhHH")
 _TENSOR = struct.Struct("<BBH")
@@ -144,7 +146,7 @@ def decode(header: bytes) -> Message:
         decoded, heads = _decode_batch(kind, header, rows)
         return Message(kind, request, stage, hops, rows=decoded, heads=heads)
     values = _decode_fields(kind, header[_PREFIX.size :])
-    listed = _listed_heads(values) if kind in (Type.CALL, Type.RESULT, Type.PIECE) else ()
+    listed = _listed_heads(values) if kind in _LISTING else ()
     return Message(kind, request, stage, hops, values, heads=listed)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import Dial, NodeStatus, RemoteNode, describe_missing
+from cake_core.cluster import NodeStatus
 from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
@@ -19,11 +18,10 @@ from cake_core.engine.scheduler import Limits
 from cake_core.engine.speculation import Speculation
 from cake_core.engine.speculator import Speculator
 from cake_core.engine.text import TextEngine
-from cake_core.errors import CakeError, ConfigError, NodeLost
-from cake_core.events import NodeEvent
-from cake_core.expectation import Expectation
+from cake_core.errors import CakeError
 from cake_core.link import LinkTiming
 from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
+from cake_core.nodes import Nodes
 from cake_core.placement import Placement
 from cake_core.plugins import Plugins
 from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage
@@ -64,86 +62,6 @@ class RunSpec:
     route: Way = "auto"
     timing: LinkTiming | None = None
     progress: NodeProgress | None = None
-
-
-class Nodes:
-    """The workers of a placement, and the watch the engine keeps on them."""
-
-    def __init__(self, spec: RunSpec, plugins: Plugins, info: ModelInfo, placement: Placement) -> None:
-        self.rejoin = spec.rejoin
-        self._plugins = plugins
-        self._listeners: list[Callable[[], None]] = []
-        self._states: dict[str, str] = {}
-        self._nodes: dict[str, RemoteNode] = {}
-        for name in placement.nodes:
-            if name != MASTER:
-                self._nodes[name] = _remote_node(spec, info, placement, name, self._changed)
-
-    def __getitem__(self, name: str) -> RemoteNode:
-        return self._nodes[name]
-
-    def connect(self, wait: float) -> None:
-        """Connects to all, waiting up to `wait` seconds. Raises what keeps the first missing one away."""
-        for node in self._nodes.values():
-            node.start()
-        until = time.monotonic() + max(wait, 5.0 if self._nodes else 0.0)
-        for node in self._nodes.values():
-            node.wait_up(until - time.monotonic() if wait else 0.0 if node.error else until - time.monotonic())
-
-    @property
-    def draining(self) -> bool:
-        return any(node.state == "draining" for node in self._nodes.values())
-
-    def missing(self) -> CakeError | None:
-        away = [node for node in self._nodes.values() if node.state not in ("up", "draining")]
-        if not away:
-            return None
-        return NodeLost(f"missing: {describe_missing(away)}; restart it there", away[0].name, away[0].address)
-
-    def statuses(self) -> list[NodeStatus]:
-        return [node.status() for node in self._nodes.values()]
-
-    def listen(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called, from any thread, whenever a node changes its state."""
-        self._listeners.append(callback)
-
-    def close(self) -> None:
-        for node in self._nodes.values():
-            node.close()
-
-    def _changed(self, node: RemoteNode) -> None:
-        state = node.state
-        if self._states.get(node.name) != state and state != "connecting":
-            self._states[node.name] = state
-            self._plugins.emit(NodeEvent(node.name, state, node.address, str(node.error or "")))
-        for callback in self._listeners:
-            callback()
-
-
-def _remote_node(
-    spec: RunSpec, info: ModelInfo, placement: Placement, name: str, changed: Callable[[RemoteNode], None]
-) -> RemoteNode:
-    stages = tuple(span.layers for span in placement.spans if name in span.nodes)
-    # A master whose components are all elsewhere may have a folder without weights, which has no tensors to ask for.
-    known = any(info.layer(layer).tensors for stage in stages for layer in stage)
-    tensors = spec.checkpoint.tensors if known else {}
-    fingerprints = {}
-    for layer in (layer for stage in stages for layer in stage):
-        names = info.layer(layer).tensors
-        if names and all(tensor in tensors for tensor in names):
-            fingerprints[layer] = spec.checkpoint.fingerprint(names)[:32]
-    expectation = Expectation(info.model_type, stages, info.identity, fingerprints)
-    host = spec.topology.node(name).host
-    return RemoteNode(name, str(host or "joining"), _dial(spec, name, host), expectation, changed, spec.timing)
-
-
-def _dial(spec: RunSpec, name: str, host: Address | None) -> Dial:
-    dial, joined = spec.dial, spec.joined
-    if host is not None and dial is not None:
-        return lambda timeout: dial(host, timeout)
-    if joined is None:
-        raise ConfigError(f"node {name!r} has no host in {spec.topology.source or 'the topology'}; add host: 'address:port'")
-    return lambda timeout: joined(name, timeout)
 
 
 @dataclass(slots=True)
@@ -226,6 +144,7 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
                 indices[span.node] = index + 1
                 stages.append(RemoteStage(nodes[span.node], index, span.layers))
         tokenizer = backend.tokenizer(spec.checkpoint)
+        nodes.wait_loaded()
         router = Router(stages, spec.route, {node.name: node.host for node in spec.topology.nodes})
         pipeline = Pipeline(stages, spec.wire_dtype, router)
         router.require(pipeline.route())
@@ -263,6 +182,7 @@ def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
                 # With replicas it is the backend that goes on elsewhere, at once.
                 rejoin = spec.rejoin if len(span.nodes) == 1 else 0.0
                 components[layer] = [RemoteComponent(nodes[name], layer, rejoin) for name in span.nodes]
+        nodes.wait_loaded()
         model = backend.assemble(spec.checkpoint, info, components, spec.options)
     except BaseException:
         nodes.close()

@@ -76,6 +76,8 @@ class Worker:
         self.name = spec.name
         self._planned = _planned(plugins, spec) if isinstance(spec, WorkerSpec) else None
         self._tenant = Tenant(plugins, spec.name, spec.means, timing, dial) if isinstance(spec, BareSpec) else None
+        self.bare = self._tenant is not None
+        """Whether it brought no layers."""
         self.profile: Callable[[], NodeProfile] | None = None
         """What was measured of this machine, for masters that ask."""
         self._timing = timing
@@ -105,8 +107,8 @@ class Worker:
             )
         return self._tenant
 
-    def holders(self, but: Guest) -> list[str]:
-        """The other masters that are attached."""
+    def holders(self, but: Guest | None = None) -> list[str]:
+        """The masters that are attached, but for this one."""
         with self._lock:
             return [guest.link.name for guest in self._guests if guest is not but and guest.attached]
 
@@ -182,6 +184,8 @@ class Worker:
         nothing: dict[str, Any] = {"model": "", "identity": {}, "fingerprints": {}, "memory": []}
         return {
             "name": self.name,
+            "bare": self.bare,
+            "held_by": self.holders(),
             **(nothing if self.serving is None else self.serving.report()),
             "platform": {
                 "version": __version__,

@@ -16,6 +16,7 @@ from cake_core.cli.sections import SectionedCommand, option
 
 if TYPE_CHECKING:
     from cake_core.cli.options import ModelFlags
+    from cake_core.connect import Connector
     from cake_core.plugins import Plugins
     from cake_server.service import Runtime, Service
 
@@ -73,7 +74,10 @@ def serve(flags: ModelFlags, api: str, name: str, **given: Any) -> None:
     plugins, started = current_app().plugins, time.monotonic()
     listener = bind(Address.parse(api, default_port=8080))
     _say_where(listener.getsockname(), bool(service.settings.api_keys))
-    Process(service, lambda: open_runtime(plugins, flags, service), lambda runtime: _say_ready(runtime, started)).run(listener)
+    connectors: list[Connector] = []
+    Process(
+        service, lambda: open_runtime(plugins, flags, service, connectors), lambda runtime: _say_ready(runtime, started)
+    ).run(listener)
 
 
 def make_settings(given: Mapping[str, Any]) -> Any:
@@ -98,9 +102,9 @@ def make_settings(given: Mapping[str, Any]) -> Any:
     )
 
 
-def open_runtime(plugins: Plugins, flags: ModelFlags, service: Service) -> Runtime:
+def open_runtime(plugins: Plugins, flags: ModelFlags, service: Service, connectors: list[Connector]) -> Runtime:
     """Finds the model and opens it, with a short wait: the server asks again while a worker is missing, and meanwhile its
-    clients are told which."""
+    clients are told which. `connectors` keeps the one there is: workers that joined must not be lost between two attempts."""
     from dataclasses import replace
 
     from cake_core.runtime import open_image, open_text
@@ -108,7 +112,9 @@ def open_runtime(plugins: Plugins, flags: ModelFlags, service: Service) -> Runti
     service.loading("looking for the model")
     checkpoint = flags.checkpoint(plugins)
     service.loading(f"{checkpoint.name} is being loaded")
-    spec = replace(flags.run_spec(plugins, checkpoint, service.loaded), wait=1.0)
+    if not connectors:
+        connectors.append(flags.connector(plugins, flags.load_topology()))
+    spec = replace(flags.run_spec(plugins, checkpoint, service.loaded, connectors[0]), wait=1.0)
     backend = plugins.backend_for(checkpoint, flags.kind)
     return open_text(plugins, spec) if backend.model_type == "text" else open_image(plugins, spec)
 

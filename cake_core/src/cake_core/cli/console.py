@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+
+from cake_core.errors import ConfigError
 
 
 def note(text: str = "") -> None:
@@ -23,6 +26,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `50GB`, `1.5 TB`, `800MB` or a plain number. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write 50GB, 800MB or a number of bytes")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2].lower() or " "))
 
 
 def human_seconds(seconds: float) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cake_core.profiles import NodeProfile
 
 INTERESTING = (
     "torch",
@@ -167,3 +172,25 @@ def _sysctl_memory() -> int | None:
         return int(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
+
+
+def measured(name: str) -> NodeProfile:
+    """What is known of this machine without a model: its free memory, and how fast memory is read."""
+    from cake_core.profiles import DeviceProfile, NodeProfile
+
+    free, total = memory()
+    known = free if free is not None else int((total or 4 << 30) * 0.7)
+    device = DeviceProfile("cpu", known, _bandwidth(), memory_total=total or 0, model=cpu_name()[:200])
+    return NodeProfile(name, (device,), time.time())
+
+
+@functools.cache
+def _bandwidth() -> float:
+    """Bytes/s that one thread copies, the best of a few times."""
+    source, nbytes = bytearray(64 << 20), 64 << 20
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        bytes(source)
+        best = min(best, time.perf_counter() - began)
+    return 2 * nbytes / best

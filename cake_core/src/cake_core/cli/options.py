@@ -55,6 +55,8 @@ class ModelFlags:
     cluster_key: str | None = None
     insecure: bool = False
     listen: str | None = None
+    workers: str = "none"
+    spread: bool = False
     wait: float = 10.0
     rejoin_timeout: float = 30.0
     wire_dtype: str = "auto"
@@ -123,17 +125,23 @@ class ModelFlags:
             raise
 
     def run_spec(
-        self, plugins: Plugins, checkpoint: Checkpoint, progress: Callable[[str, int, int], None] | None = None
+        self,
+        plugins: Plugins,
+        checkpoint: Checkpoint,
+        progress: Callable[[str, int, int], None] | None = None,
+        connector: Connector | None = None,
     ) -> RunSpec:
-        """Everything `open_text` and `open_image` want."""
+        """Everything `open_text` and `open_image` want; workers without layers are looked for and given some."""
+        from cake_core.cli.gather import gathered_topology
         from cake_core.runtime import RunSpec
 
-        topology = self.load_topology()
-        connector = self.connector(plugins, topology)
+        topology, options = self.load_topology(), self.load_options()
+        connector = connector or self.connector(plugins, topology)
+        gathered = gathered_topology(plugins, self, checkpoint, connector, topology)
         return RunSpec(
             checkpoint=checkpoint,
-            topology=topology,
-            options=self.load_options(),
+            topology=gathered,
+            options=options,
             dial=connector.dial,
             joined=connector.joined,
             wait=self.wait,
@@ -174,9 +182,10 @@ class ModelFlags:
         for node in topology.nodes:
             if node.host is not None:
                 plugins.transport(node.host.scheme)
-        joining = [node.name for node in topology.nodes if node.host is None and node.layers]
         listen_at = None if self.listen is None else Address.parse(self.listen)
-        return Connector(plugins, self.keyring(), joining, listen_at)
+        joining = [node.name for node in topology.nodes if node.host is None]
+        anybody = listen_at is not None and not topology.nodes
+        return Connector(plugins, self.keyring(), None if anybody else joining, listen_at)
 
 
 def _show_new_key(key: ClusterKey) -> None:

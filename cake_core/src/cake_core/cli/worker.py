@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cake_core.cli.app import current_app
-from cake_core.cli.console import Bars, human_bytes, human_seconds
+from cake_core.cli.console import Bars, human_bytes, human_seconds, parse_size
 from cake_core.cli.opening import loading
 from cake_core.cli.options import ModelFlags, model_options
 from cake_core.cli.sections import SectionedCommand, option
@@ -20,52 +21,124 @@ from cake_core.errors import CakeError, ConfigError
 
 if TYPE_CHECKING:
     from cake_core.connect import Keyring
+    from cake_core.discovery import Announcement
     from cake_core.plugins import Plugins
+    from cake_core.security import Gate
     from cake_core.topology import Topology
     from cake_core.transport import Address
-    from cake_core.worker import Worker
+    from cake_core.worker import BareSpec, Worker, WorkerSpec
 
 WORKER = "Worker"
 REDIAL = (0.5, 5.0)
 """Seconds between attempts to join: doubling from the first to the last."""
+ANYWHERE, HERE = "0.0.0.0:10128", "127.0.0.1:10128"
+"""Where to listen: who waits for masters to come must be reached, and the key keeps everybody else out."""
 
 
 @click.command(cls=SectionedCommand)
-@option(WORKER, "--name", metavar="N", help="Name in the topology; may be left out when it has one node.")
-@option(WORKER, "--address", default="127.0.0.1:10128", show_default=True, metavar="H:P", help="Where to listen.")
+@option(WORKER, "--name", metavar="N", help="Name in the topology, or any.  [default: the only node's, or the host's]")
+@option(WORKER, "--address", metavar="H:P", help="Where to listen.  [default: 0.0.0.0:10128, with layers of its own 127.0.0.1]")
 @option(WORKER, "--join", metavar="H:P", help="Dial the master there (its --listen) instead of listening.")
 @option(WORKER, "--drain", type=float, default=30, show_default=True, metavar="S", help="Seconds SIGTERM lets requests end.")
+@option(WORKER, "--no-announce", is_flag=True, help="Do not make this worker known on the local network.")
+@option(WORKER, "--cache-size", metavar="SIZE", help="Keep at most this much of earlier models' weights, as 50GB.")
 @model_options("model", "topology", "load", "key", "image")
-def worker(name: str | None, address: str, join: str | None, drain: float, flags: ModelFlags) -> None:
-    """Serve the layers that the topology gives to this node.
+def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
+    """Make this machine available, or serve the layers that a topology gives to it.
 
-    A folder made by `cake split-model` brings its own topology: --model is enough.
+    Alone, it waits for a master to assign layers, and fetches their weights from it. With --topology, or with a folder made by
+    `cake split-model` as --model, it loads its own.
     """
-    from cake_core.connect import Connector, open_gate
-    from cake_core.transport import Address
-    from cake_core.worker import Worker, WorkerSpec
+    from cake_core.connect import Connector
+    from cake_core.worker import Worker
 
-    plugins = current_app().plugins
-    topology = own_topology(flags)
-    spec = WorkerSpec(flags.checkpoint(plugins), topology, own_name(name, topology), flags.load_options(), flags.kind)
-    where, keyring = Address.parse(join or address), flags.keyring()
+    plugins, keyring = current_app().plugins, flags.keyring()
+    bare = flags.model is None and flags.topology is None
+    spec = bare_spec(name, flags, given["cache_size"]) if bare else worker_spec(name, plugins, flags)
+    door = Door(plugins, keyring, given["address"], given["join"], bare)
     served = Worker(plugins, spec, dial=Connector(plugins, keyring).dial)
-    if join is None:
-        # A port that is taken must be told before minutes of loading, but nobody is let in before they are over.
-        plugins.transport(where.scheme).listen(where, None).close()
-    load(served)
-    stop = Stop()
-    if join is not None:
-        threading.Thread(target=keep_joined, args=(served, plugins, keyring, where, stop), daemon=True).start()
+    if bare:
+        click.echo(f"worker {served.name!r} waits for a master to assign layers")
     else:
-        gate = open_gate(plugins, keyring, where, served.name)
-        threading.Thread(target=served.serve, args=(gate,), name="cake-serve", daemon=True).start()
-        click.echo(f"listening on {gate.address}")
+        door.check()
+        load(served)
+    stop = Stop()
+    door.open(served, stop, announced=bare and not given["no_announce"])
     stop.wait()
     click.echo("draining" if stop.gently else "stopping")
-    served.shutdown(drain if stop.gently else 0.0)
+    door.close()
+    served.shutdown(given["drain"] if stop.gently else 0.0)
     if not stop.gently:
         raise click.Abort
+
+
+def bare_spec(name: str | None, flags: ModelFlags, cache_size: str | None) -> BareSpec:
+    """A worker that masters assign layers to."""
+    from cake_core.config import load_options
+    from cake_core.tenant import Means
+    from cake_core.weights.store import Store
+    from cake_core.worker import BareSpec
+
+    size = None if cache_size is None else parse_size(cache_size)
+    store = Store(load_options().cache_dir / "weights")
+    return BareSpec(name or platform.node() or "worker", Means(store, flags.load_options(), click.echo, size))
+
+
+def worker_spec(name: str | None, plugins: Plugins, flags: ModelFlags) -> WorkerSpec:
+    """A worker with layers of its own."""
+    from cake_core.worker import WorkerSpec
+
+    topology = own_topology(flags)
+    return WorkerSpec(flags.checkpoint(plugins), topology, own_name(name, topology), flags.load_options(), flags.kind)
+
+
+class Door:
+    """How masters come to this worker: it listens (and says so on the network), or it dials one."""
+
+    def __init__(self, plugins: Plugins, keyring: Keyring, address: str | None, join: str | None, bare: bool) -> None:
+        from cake_core.transport import Address
+
+        self._plugins, self._keyring = plugins, keyring
+        self._join = None if join is None else Address.parse(join)
+        self._address = Address.parse(address or (ANYWHERE if bare else HERE))
+        self._fixed = address is not None or not bare
+        self._announcement: Announcement | None = None
+
+    def check(self) -> None:
+        """A port that is taken must be told before minutes of loading, but nobody is let in before they are over."""
+        if self._join is None:
+            self._plugins.transport(self._address.scheme).listen(self._address, None).close()
+
+    def open(self, served: Worker, stop: Stop, announced: bool) -> None:
+        from cake_core.cli.machine import measured
+
+        served.profile = lambda: measured(served.name)
+        if self._join is not None:
+            dialling = (served, self._plugins, self._keyring, self._join, stop)
+            threading.Thread(target=keep_joined, args=dialling, daemon=True).start()
+            return
+        gate = self._gate(served.name)
+        threading.Thread(target=served.serve, args=(gate,), name="cake-serve", daemon=True).start()
+        click.echo(f"listening on {gate.address}")
+        if announced:
+            from cake_core.discovery import announce
+
+            self._announcement = announce(served.name, gate.address)
+
+    def _gate(self, name: str) -> Gate:
+        from cake_core.connect import open_gate
+
+        try:
+            return open_gate(self._plugins, self._keyring, self._address, name)
+        except ConfigError:
+            if self._fixed:
+                raise
+            # Another worker of this machine has the usual port; who looks for this one on the network learns any other.
+            return open_gate(self._plugins, self._keyring, replace(self._address, port=0), name)
+
+    def close(self) -> None:
+        if self._announcement is not None:
+            self._announcement.close()
 
 
 def own_topology(flags: ModelFlags) -> Topology:

@@ -1,0 +1,80 @@
+"""Looks for workers that wait for layers, says what it found, and makes the topology that the command runs with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cake_core.cli.console import human_bytes, note
+from cake_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cake_core.checkpoint import Checkpoint
+    from cake_core.cli.options import ModelFlags
+    from cake_core.connect import Connector
+    from cake_core.gathering import Wishes
+    from cake_core.plugins import Plugins
+    from cake_core.survey import Surveyed
+    from cake_core.topology import Topology
+    from cake_core.transport import Address
+
+
+def gathered_topology(
+    plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, connector: Connector, topology: Topology
+) -> Topology:
+    """The topology with every node filled, or, where there is no file, with the workers that were found."""
+    wishes = wishes_of(flags, topology)
+    if wishes is None:
+        return topology
+    from cake_core.cli.machine import measured
+    from cake_core.gathering import Search, gather
+    from cake_core.topology import MASTER
+
+    search = Search(connector, wishes, topology)
+    options = flags.load_options()
+    info = plugins.backend_for(checkpoint, flags.kind).describe(checkpoint, options)
+    workers = search.results(note)
+    if not workers:
+        return topology
+    for worker in workers:
+        note(f"found {describe(worker)}")
+    gathered = gather(info, topology, measured(MASTER), workers, wishes, options)
+    for name, why in gathered.left_out.items():
+        note(f"{name} is not used: {why}")
+    for line in gathered.advice:
+        note(line)
+    return gathered.topology
+
+
+def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:
+    """What to look for; None where a topology file says everything, or nobody is wanted. Raises ConfigError."""
+    from cake_core.gathering import Wishes
+
+    to_fill = [node for node in topology.nodes if not node.layers]
+    if topology.nodes and not to_fill:
+        return None
+    joining = flags.listen is not None and (not topology.nodes or any(node.host is None for node in to_fill))
+    if flags.workers == "none" and not topology.nodes and not joining:
+        return None
+    return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread)
+
+
+def addresses(workers: str) -> tuple[Address, ...] | None:
+    """What --workers names; None for the local network."""
+    from cake_core.transport import Address
+
+    if workers == "auto":
+        return None
+    if workers == "none":
+        return ()
+    found = tuple(Address.parse(part) for part in workers.split(",") if part.strip())
+    if not found:
+        raise ConfigError("--workers is auto, none, or addresses HOST:PORT,HOST:PORT")
+    return found
+
+
+def describe(worker: Surveyed) -> str:
+    """A worker in a line: name, address, free memory of its devices, the way to it."""
+    where = "joined" if worker.address is None else str(worker.address).removeprefix("tcp://")
+    devices = worker.profile.devices if worker.profile is not None else ()
+    memory = ", ".join(f"{device.device} {human_bytes(device.memory_free)} free" for device in devices)
+    return f"{worker.name} ({where}): {memory}; {1000 * worker.link.round_trip:.1f} ms, {human_bytes(int(worker.link.rate))}/s"

@@ -1,0 +1,163 @@
+"""From the workers that are about to a topology: who is there, what they were measured to do, and who gets which layers.
+
+A topology file keeps full control: only its nodes without layers are filled. Without one, workers are looked for at the
+addresses given, among those that joined, and on the local network.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from cake_core.connect import Connector
+from cake_core.discovery import Found, browse
+from cake_core.errors import CakeError
+from cake_core.model import LoadOptions, ModelInfo
+from cake_core.profiles import ClusterProfile, NodeProfile
+from cake_core.spreading import ROOM, spread
+from cake_core.survey import Surveyed, survey
+from cake_core.topology import MASTER, Node, Topology
+from cake_core.transport import Address
+
+log = logging.getLogger(__name__)
+
+DIAL = 3.0
+SETTLE = 1.0
+"""Seconds to wait for further workers once one has joined."""
+AT_ONCE = 16
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """`workers`: where to look, None for the local network. `joining`: wait for workers that dial, up to `wait` seconds.
+    `spread`: use every worker by its memory, also where fewer would do."""
+
+    workers: tuple[Address, ...] | None = None
+    joining: bool = False
+    wait: float = 10.0
+    spread: bool = False
+
+
+class Search:
+    """Looks for workers in threads that start at once, so that other things can be done meanwhile."""
+
+    def __init__(self, connector: Connector, wishes: Wishes, topology: Topology) -> None:
+        self._connector = connector
+        self._wishes = wishes
+        self._topology = topology
+        self._found: list[Found] = []
+        self._thread: threading.Thread | None = None
+        if wishes.workers is None and not topology.nodes and not wishes.joining:
+            self._thread = threading.Thread(target=lambda: self._found.extend(browse()), name="cake-browse", daemon=True)
+            self._thread.start()
+
+    def results(self, say: Say) -> list[Surveyed]:
+        """Every worker that may be assigned layers; `say` is told of those that may not, with the reason."""
+        targets: list[tuple[str, Sequence[Address]]] = [("", (address,)) for address in self._wishes.workers or ()]
+        targets += [(node.name, (node.host,)) for node in self._topology.nodes if not node.layers and node.host is not None]
+        if self._thread is not None:
+            self._thread.join()
+            targets += [(found.name, found.addresses) for found in self._found]
+        targets += [(name, ()) for name in self._arrivals()]
+        with ThreadPoolExecutor(AT_ONCE, "cake-survey") as pool:
+            found = list(pool.map(lambda target: self._attempt(target[0], target[1], say), targets))
+        return _usable([worker for worker in found if worker is not None], say)
+
+    def _arrivals(self) -> list[str]:
+        """Who has joined: all that are expected, or, where anybody may, whoever comes in time."""
+        expected = {node.name for node in self._topology.nodes if node.host is None and not node.layers}
+        if not self._wishes.joining:
+            return []
+        until = time.monotonic() + self._wishes.wait
+        while time.monotonic() < until:
+            arrived = set(self._connector.arrived())
+            if expected and expected <= arrived:
+                break
+            if arrived and not expected:
+                until = min(until, time.monotonic() + SETTLE)
+            time.sleep(0.05)
+        return sorted(expected or self._connector.arrived())
+
+    def _attempt(self, name: str, addresses: Sequence[Address], say: Say) -> Surveyed | None:
+        """Surveys a worker at the first address that answers, or, without any, one that joined."""
+        try:
+            if not addresses:
+                return _named(survey(self._connector.joined(name, DIAL), None), name)
+            worker = self._dialled(addresses)
+            return _named(worker, name) if name else worker
+        except CakeError as error:
+            say(f"not used: {error}")
+            return None
+
+    def _dialled(self, addresses: Sequence[Address]) -> Surveyed:
+        for address in addresses[:-1]:
+            try:
+                return survey(self._connector.dial(address, DIAL), address)
+            except CakeError as error:
+                log.info("%s", error)
+        return survey(self._connector.dial(addresses[-1], DIAL), addresses[-1])
+
+
+def _named(worker: Surveyed, name: str) -> Surveyed:
+    return Surveyed(name, worker.address, worker.link, worker.report, worker.profile)
+
+
+def _usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
+    """Those that wait for layers and were measured, each under a name of its own."""
+    usable: list[Surveyed] = []
+    for worker in sorted(workers, key=lambda worker: worker.name):
+        if not worker.bare:
+            say(f"not used: {worker.name} serves layers of its own; name it in a topology file")
+        elif worker.profile is None:
+            say(f"not used: nothing is known of {worker.name}'s memory")
+        elif worker.held_by:
+            say(f"not used: {worker.name} is held by {', '.join(worker.held_by)} with {worker.model}")
+        else:
+            taken = {MASTER, *(other.name for other in usable)}
+            name = next(n for n in (worker.name, *(f"{worker.name}-{i}" for i in range(2, 10_000))) if n not in taken)
+            usable.append(_named(worker, name))
+    return usable
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The topology to run with, and why workers were left out of it."""
+
+    topology: Topology
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    advice: tuple[str, ...] = ()
+
+
+def gather(
+    info: ModelInfo,
+    topology: Topology,
+    master: NodeProfile,
+    workers: Sequence[Surveyed],
+    wishes: Wishes,
+    options: LoadOptions,
+) -> Gathered:
+    """Decides who serves what. Pure. Raises CapacityError where the layers do not fit."""
+    if not workers:
+        return Gathered(topology)
+    named = {node.name for node in topology.nodes}
+    nodes = (*topology.nodes, *(Node(w.name, w.address, ()) for w in workers if w.name not in named))
+    whole = Topology(nodes, topology.source)
+    cluster = cluster_profile(master, workers)
+    kv_tokens = options.kv_tokens or options.context or min(info.context_length, 4096)
+    need = sum(layer.nbytes + layer.kv_bytes_per_token * kv_tokens for layer in info.layers)
+    if not wishes.spread and not topology.nodes and need <= master.memory_free * ROOM:
+        why = "the model fits this machine; --spread shares it out anyway"
+        return Gathered(topology, {worker.name: why for worker in workers})
+    memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
+    return Gathered(spread(info, whole, memory, kv_tokens))
+
+
+def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> ClusterProfile:
+    profiles = tuple(worker.profile.renamed(worker.name) for worker in workers if worker.profile is not None)
+    return ClusterProfile(master, profiles, {(MASTER, worker.name): worker.link for worker in workers})
