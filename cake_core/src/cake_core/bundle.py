@@ -93,9 +93,9 @@ def _gguf_files(checkpoint: GgufCheckpoint, groups: Sequence[Sequence[str]]) -> 
 
 def _diffusers_files(checkpoint: DiffusersCheckpoint, tensors: Mapping[str, TensorInfo]) -> Files:
     """The same files in the same folders, weights cut to the tensors; configurations of all components."""
-    files = _side_files(checkpoint.path)
+    files = side_files(checkpoint.path)
     for folder in sorted(path for path in checkpoint.path.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files |= {f"{folder.name}/{name}": image for name, image in _side_files(folder).items()}
+        files |= {f"{folder.name}/{name}": image for name, image in side_files(folder).items()}
     by_file: dict[Path, dict[str, TensorInfo]] = {}
     for name, tensor in tensors.items():
         by_file.setdefault(tensor.file, {})[name.partition("/")[2]] = tensor
@@ -111,11 +111,11 @@ def _diffusers_files(checkpoint: DiffusersCheckpoint, tensors: Mapping[str, Tens
 def _configuration(path: Path) -> Files:
     """What lies beside the weights. A single file that needs nothing beside it lies among things that are not its own."""
     if path.is_dir():
-        return _side_files(path)
-    return _side_files(path.parent) if (path.parent / "config.json").is_file() else {}
+        return side_files(path)
+    return side_files(path.parent) if (path.parent / "config.json").is_file() else {}
 
 
-def _side_files(folder: Path) -> Files:
+def side_files(folder: Path) -> Files:
     """Configuration, tokenizer and their like; the index is written anew."""
     return {
         file.name: Image((file.read_bytes(),))

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 from cake_core.errors import ConfigError, DeadlineExceeded, ProtocolError
@@ -532,6 +533,17 @@ class TextBackend(Backend, Protocol):
         """Loads a contiguous run of layers. Raises CapacityError before loading when they do not fit, with the numbers."""
 
     def tokenizer(self, checkpoint: Checkpoint) -> Tokenizer: ...
+
+
+@runtime_checkable
+class Narrowing(Backend, Protocol):
+    """A backend that can write a quantised copy of a model, for `split-model --quantize`."""
+
+    def narrow(self, checkpoint: Checkpoint, quantize: str, folder: Path, progress: Progress | None = None) -> Checkpoint:
+        """Writes the whole model to an empty folder, `quantize` as in `LoadOptions`, and opens it.
+
+        Raises ConfigError for a model that cannot be narrowed.
+        """
 
 
 @runtime_checkable

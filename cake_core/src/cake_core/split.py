@@ -7,14 +7,17 @@
                                       and absent.json, the headers of the model's other tensors
     OUTPUT/master-node/               the same for the master: the whole topology, and what no worker has
 
-Bytes are copied piece by piece, never converted, and a bundle appears under its name only when it is whole.
+Bytes are copied piece by piece, never converted (`narrowed` makes a quantised copy first), and a bundle appears under its name
+only when it is whole.
 """
 
 from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from cake_core.bundle import bundle_files, tensors_of
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, ConfigError, TopologyError
 from cake_core.formats.subset import Copied
-from cake_core.model import ModelInfo, Progress
+from cake_core.model import Backend, ModelInfo, Narrowing, Progress
 from cake_core.placement import Placement, place
 from cake_core.topology import MASTER, Node, Topology, compress
 
@@ -80,6 +83,20 @@ def split(
             raise _disk_full(output, "it filled up while a bundle was written") from error
         raise ConfigError(f"cannot write to {error.filename or output}: {error.strerror}") from error
     return [bundle for bundle, _ in bundles]
+
+
+@contextmanager
+def narrowed(backend: Backend, checkpoint: Checkpoint, quantize: str | None, output: Path) -> Iterator[Checkpoint]:
+    """The checkpoint, or while the block runs a quantised copy of it beside the bundles. Raises ConfigError where the backend
+    makes none."""
+    if quantize is None:
+        yield checkpoint
+        return
+    if not isinstance(backend, Narrowing):
+        raise ConfigError(f"{backend.name} models are not split with --quantize; leave it out")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantised-", dir=output) as folder:
+        yield backend.narrow(checkpoint, quantize, Path(folder))
 
 
 class _Counter:

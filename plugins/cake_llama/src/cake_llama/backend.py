@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from cake_core.checkpoint import Checkpoint
@@ -69,6 +70,11 @@ class LlamaBackend:
         from cake_llama.loading import load_stage
 
         return load_stage(checkpoint, info, layers, options, progress)
+
+    def narrow(self, checkpoint: Checkpoint, quantize: str, folder: Path, progress: Progress | None = None) -> Checkpoint:
+        from cake_llama.narrow_files import write_narrowed
+
+        return write_narrowed(checkpoint, quantize, folder, progress)
 
     def tokenizer(self, checkpoint: Checkpoint) -> Tokenizer:
         if isinstance(checkpoint, RandomCheckpoint):

@@ -36,7 +36,8 @@ class QuantizedWeights(SafetensorsWeights):
     def __init__(self, checkpoint: Checkpoint, stored: Mapping[str, Stored], scheme: Scheme) -> None:
         super().__init__(checkpoint)
         self._stored = {name: found for name, found in stored.items() if found.form != "plain"}
-        self._names = tuple(stored)
+        here = checkpoint.tensors  # of a bundle, some
+        self._names = tuple(n for n, found in stored.items() if all(part.name in here for part in found.parts.values()))
         self._held = ""
         """The matrix whose codes are in `_memory`."""
         self._memory = torch.empty(0, dtype=torch.int32)
