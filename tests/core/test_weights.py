@@ -347,3 +347,30 @@ def test_what_is_not_offered_is_not_given(store: Store) -> None:
     for name in ("0" * 64, "../../etc/passwd"):
         with pytest.raises(CheckpointError, match=r"not here|names no content"):
             store.read(name, 0)
+
+
+def test_the_cache_is_shown_pruned_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from cake_core.cli.main import make_cli
+    from cake_core.plugins import Plugins
+
+    monkeypatch.setenv("CAKE_CACHE_DIR", str(tmp_path))
+    cli = make_cli(Plugins(entries=()))
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli, ["cache", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "the cache is empty" in run("list")
+    store = Store(tmp_path / "weights")
+    files, supply = offer(a=blob("a", PIECE))
+    Views(store).announce(files, "llama", "model.layers.0-3")
+    assert "0 %" in run("list")
+    fetch(store, files, Sender(supply))
+    assert "model.layers.0-3  1.0 MB  complete" in run("list")
+    assert '"bytes": 1048576' in run("list", "--json")
+    assert "freed 0 B" in run("prune", "--max-size", "2MB")
+    assert "freed 1.0 MB" in run("clear")
+    assert CliRunner().invoke(cli, ["cache", "prune", "--max-size", "much"]).exit_code == 2

@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cake_core.connect import Connector
 from cake_core.discovery import Found, browse
 from cake_core.errors import CakeError
 from cake_core.model import LoadOptions, ModelInfo
+from cake_core.planners import PlanRequest, plan
+from cake_core.planners.request import Objective
 from cake_core.profiles import ClusterProfile, NodeProfile
-from cake_core.spreading import ROOM, spread
+from cake_core.spreading import spread
 from cake_core.survey import Surveyed, survey
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address
@@ -29,6 +31,8 @@ DIAL = 3.0
 SETTLE = 1.0
 """Seconds to wait for further workers once one has joined."""
 AT_ONCE = 16
+CONTEXT = 4096
+"""Positions of KV cache to plan for where nobody asked for another context."""
 
 Say = Callable[[str], None]
 
@@ -36,12 +40,13 @@ Say = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """`workers`: where to look, None for the local network. `joining`: wait for workers that dial, up to `wait` seconds.
-    `spread`: use every worker by its memory, also where fewer would do."""
+    `spread`: use every worker by its memory, also where fewer would do. `plan_for`: what else the planner is to aim at."""
 
     workers: tuple[Address, ...] | None = None
     joining: bool = False
     wait: float = 10.0
     spread: bool = False
+    plan_for: Objective = "latency"
 
 
 class Search:
@@ -57,8 +62,8 @@ class Search:
             self._thread = threading.Thread(target=lambda: self._found.extend(browse()), name="cake-browse", daemon=True)
             self._thread.start()
 
-    def results(self, say: Say) -> list[Surveyed]:
-        """Every worker that may be assigned layers; `say` is told of those that may not, with the reason."""
+    def everybody(self, say: Say) -> list[Surveyed]:
+        """Every worker that answers; `say` is told of those that do not, with the reason."""
         targets: list[tuple[str, Sequence[Address]]] = [("", (address,)) for address in self._wishes.workers or ()]
         targets += [(node.name, (node.host,)) for node in self._topology.nodes if not node.layers and node.host is not None]
         if self._thread is not None:
@@ -67,7 +72,7 @@ class Search:
         targets += [(name, ()) for name in self._arrivals()]
         with ThreadPoolExecutor(AT_ONCE, "cake-survey") as pool:
             found = list(pool.map(lambda target: self._attempt(target[0], target[1], say), targets))
-        return _usable([worker for worker in found if worker is not None], say)
+        return [worker for worker in found if worker is not None]
 
     def _arrivals(self) -> list[str]:
         """Who has joined: all that are expected, or, where anybody may, whoever comes in time."""
@@ -108,9 +113,9 @@ def _named(worker: Surveyed, name: str) -> Surveyed:
     return Surveyed(name, worker.address, worker.link, worker.report, worker.profile)
 
 
-def _usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
-    """Those that wait for layers and were measured, each under a name of its own."""
-    usable: list[Surveyed] = []
+def usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
+    """Those that wait for layers and were measured, each under a name of its own; `say` is told of the others."""
+    chosen: list[Surveyed] = []
     for worker in sorted(workers, key=lambda worker: worker.name):
         if not worker.bare:
             say(f"not used: {worker.name} serves layers of its own; name it in a topology file")
@@ -119,10 +124,10 @@ def _usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
         elif worker.held_by:
             say(f"not used: {worker.name} is held by {', '.join(worker.held_by)} with {worker.model}")
         else:
-            taken = {MASTER, *(other.name for other in usable)}
+            taken = {MASTER, *(other.name for other in chosen)}
             name = next(n for n in (worker.name, *(f"{worker.name}-{i}" for i in range(2, 10_000))) if n not in taken)
-            usable.append(_named(worker, name))
-    return usable
+            chosen.append(_named(worker, name))
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +154,19 @@ def gather(
     nodes = (*topology.nodes, *(Node(w.name, w.address, ()) for w in workers if w.name not in named))
     whole = Topology(nodes, topology.source)
     cluster = cluster_profile(master, workers)
-    kv_tokens = options.kv_tokens or options.context or min(info.context_length, 4096)
-    need = sum(layer.nbytes + layer.kv_bytes_per_token * kv_tokens for layer in info.layers)
-    if not wishes.spread and not topology.nodes and need <= master.memory_free * ROOM:
-        why = "the model fits this machine; --spread shares it out anyway"
-        return Gathered(topology, {worker.name: why for worker in workers})
-    memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
-    return Gathered(spread(info, whole, memory, kv_tokens))
+    context = options.context or min(info.context_length, CONTEXT)
+    if wishes.spread:
+        memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
+        return Gathered(spread(info, whole, memory, options.kv_tokens or context))
+    planned = plan(info, cluster, PlanRequest(context=context, objective=wishes.plan_for, topology=topology))
+    return Gathered(planned.topology, planned.left_out, planned.advice)
 
 
 def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> ClusterProfile:
-    profiles = tuple(worker.profile.renamed(worker.name) for worker in workers if worker.profile is not None)
+    """What was measured, put together for the planner."""
+    profiles = tuple(
+        replace(worker.profile, name=worker.name, host=str(worker.address or ""))
+        for worker in workers
+        if worker.profile is not None
+    )
     return ClusterProfile(master, profiles, {(MASTER, worker.name): worker.link for worker in workers})

@@ -47,6 +47,7 @@ _API: tuple[Option, ...] = (
 
 def add_commands(cli: click.Group) -> None:
     cli.add_command(serve)
+    cli.add_command(status)
     bench_group(cli).add_command(bench_serve)
 
 
@@ -138,6 +139,18 @@ def _say_ready(runtime: Runtime, started: float) -> None:
     from cake_core.cli.opening import announce
 
     announce(runtime.info, runtime.placement, time.monotonic() - started)
+
+
+@click.command()
+@click.argument("url", default="http://127.0.0.1:8080")
+@click.option("--follow", is_flag=True, help="Go on, and print it again whenever something changes.")
+@click.option("--api-key", envvar="CAKE_API_KEY", metavar="KEY", help="Key to send.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(url: str, follow: bool, api_key: str | None, as_json: bool) -> None:
+    """Show the cluster of a running `cake serve`: nodes, layers, memory, traffic, who is missing since when."""
+    from cake_server.status import show
+
+    show(url, api_key, follow, as_json)
 
 
 @click.command("serve")

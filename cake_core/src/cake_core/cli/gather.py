@@ -26,13 +26,13 @@ def gathered_topology(
     if wishes is None:
         return topology
     from cake_core.cli.machine import measured
-    from cake_core.gathering import Search, gather
+    from cake_core.gathering import Search, gather, usable
     from cake_core.topology import MASTER
 
     search = Search(connector, wishes, topology)
     options = flags.load_options()
     info = plugins.backend_for(checkpoint, flags.kind).describe(checkpoint, options)
-    workers = search.results(note)
+    workers = usable(search.everybody(note), note)
     if not workers:
         return topology
     for worker in workers:
@@ -55,7 +55,7 @@ def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:
     joining = flags.listen is not None and (not topology.nodes or any(node.host is None for node in to_fill))
     if flags.workers == "none" and not topology.nodes and not joining:
         return None
-    return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread)
+    return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread, flags.plan_for)
 
 
 def addresses(workers: str) -> tuple[Address, ...] | None:

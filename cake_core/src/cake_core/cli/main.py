@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from cake_core.plugins import Plugins
 
 COMMANDS = {
+    "cache": "cake_core.cli.cache:cache",
     "chat": "cake_core.cli.chat:chat",
     "doctor": "cake_core.cli.doctor:doctor",
     "key": "cake_core.cli.key:key",
     "list": "cake_core.cli.models:list_models",
+    "nodes": "cake_core.cli.nodes:nodes",
     "plugins": "cake_core.cli.plugins:plugins",
     "pull": "cake_core.cli.models:pull",
     "rm": "cake_core.cli.models:rm",
@@ -30,7 +32,7 @@ COMMANDS = {
 }
 """Core's own commands: name to `module:attribute`."""
 
-ELSEWHERE = {"serve": "cake-server"}
+ELSEWHERE = {"serve": "cake-server", "status": "cake-server"}
 """Commands that users look for and another distribution of ours brings."""
 
 

@@ -46,6 +46,10 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
             CLUSTER, "--workers", default="auto", show_default=True, envvar="CAKE_WORKERS", metavar="auto|none|H:P,...",
             help="Where to look for workers without layers of their own: on the local network, nowhere, or there.",
         ),
+        option(
+            CLUSTER, "--plan-for", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True,
+            help="What the planner aims at: the least time a token, or the most tokens a second.",
+        ),
         option(CLUSTER, "--spread", is_flag=True, help="Share the model among all workers, also where fewer would do."),
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),

@@ -57,6 +57,7 @@ class ModelFlags:
     listen: str | None = None
     workers: str = "none"
     spread: bool = False
+    plan_for: Literal["latency", "throughput"] = "latency"
     wait: float = 10.0
     rejoin_timeout: float = 30.0
     wire_dtype: str = "auto"
