@@ -1,8 +1,8 @@
 """A shaped network in process: a transport whose messages arrive later, as over a link with a latency and a rate.
 
 Each direction of a channel is a link of its own. A message leaves when the one before it has left, takes its bytes over the
-rate, and is there one latency later; the sender does not wait, as with socket buffers large enough. Sleeping needs no core,
-so the nodes compute as fast as they would.
+rate, and is there one latency later. The sender waits while more than `buffer` bytes have not left, as with a socket.
+Sleeping needs no core, so the nodes compute as fast as they would.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _DUE = struct.Struct("<d")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`latency` in seconds one way, `rate` in bytes a second (0: without limit)."""
+    """`latency` in seconds one way, `rate` in bytes a second (0: without limit), `buffer` in bytes."""
 
     latency: float
     rate: float = 0.0
+    buffer: int = 2 * 1024 * 1024
 
 
 class ShapedChannel(Channel):
@@ -38,6 +39,8 @@ class ShapedChannel(Channel):
         size = len(header) + sum(memoryview(buffer).nbytes for buffer in buffers)
         taken = size / self._shape.rate if self._shape.rate else 0.0
         self._free_at = max(self._free_at, time.monotonic()) + taken
+        if self._shape.rate:
+            time.sleep(max(0.0, self._free_at - time.monotonic() - self._shape.buffer / self._shape.rate))
         self._inner.send(_DUE.pack(self._free_at + self._shape.latency) + header, buffers, timeout)
 
     def receive(self, allocate: Allocate, timeout: float | None = None) -> tuple[bytes, memoryview]:
