@@ -24,6 +24,7 @@ from cake_core.errors import ConfigError, StageError
 from cake_core.model import SAMPLE, Batch, LoadOptions, Row, SessionSpec, int32_tensor
 from cake_core.testing.contracts.text_rig import GREEDY, Chain
 from cake_llama import loading
+from cake_llama.wire import from_wire, hidden_from_wire
 
 HALF = {"bf16": torch.bfloat16, "f16": torch.float16}
 BOUNDS = {"bf16": 2e-2, "f16": 4e-3}
@@ -100,6 +101,29 @@ def test_hidden_states_leave_as_the_wire_wants_them(tmp_path: Path, wire: str) -
     assert (hidden.dtype, hidden.shape) == (wire, (3, 64))
     with pytest.raises(StageError, match="f99"):
         first.open(2, SessionSpec(GREEDY, 3, wire_dtype="f99"))
+
+
+def test_prompts_cross_in_eight_bits_with_a_scale_a_position(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, CASES["llama"])
+    first, second = load_chain(tmp_path, [CUT[0], CUT[1] + CUT[2]]).stages
+    tokens = int32_tensor([1, 2, 3])
+    found = {}
+    for session, wire in enumerate(("f32", "f8e4m3")):
+        for stage in (first, second):
+            stage.open(session, SessionSpec(GREEDY, 3, wire_dtype=wire))
+        rows = (Row(session, 0, 3, SAMPLE),)
+        sent = found[wire] = first.submit(Batch(rows, {"tokens": tokens})).result().tensors["hidden"]
+        answer = second.submit(Batch(rows, {"tokens": tokens, "hidden": sent})).result()
+        assert answer.tensors["tokens"].shape == (1,)
+        after = first.submit(Batch((Row(session, 3, 1, SAMPLE),), {"tokens": int32_tensor([4])})).result()
+        assert after.tensors["hidden"].dtype == "f32"  # what is drawn from right away keeps all its bits
+    exact = from_wire(found["f32"], torch.device("cpu"))
+    near = hidden_from_wire(found["f8e4m3"], torch.device("cpu"), torch.float32)
+    assert found["f8e4m3"].nbytes * 4 == found["f32"].nbytes + 3 * 16
+    # Three bits of mantissa, or the smallest step where a value is far below its position's largest.
+    allowed = exact.abs() / 16 + exact.abs().amax(1, keepdim=True) * 2**-10 / 448
+    assert bool(((near - exact).abs() <= allowed * 1.001).all())
+    assert not torch.equal(near, exact)
 
 
 def test_a_narrower_cache_is_near(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ DEFAULT_IMAGE_MODEL = "emoji"
 _VALUES = {
     "quantize": ("none", "int8", "int4"),
     "kv_dtype": ("auto", "f32", "f16", "bf16", "int8"),
-    "wire_dtype": ("auto", "f32", "f16", "bf16"),
+    "wire_dtype": ("auto", "f32", "f16", "bf16", "f8e4m3"),
 }
 
 

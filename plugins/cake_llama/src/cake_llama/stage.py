@@ -16,7 +16,7 @@ from cake_llama.config import ModelConfig
 from cake_llama.grammar import Grammar, Grammars
 from cake_llama.model import Dtypes, Parts
 from cake_llama.rotary import Rotary, for_rotation
-from cake_llama.wire import FROM_TORCH, TO_TORCH, from_wire, to_wire
+from cake_llama.wire import FROM_TORCH, SCALED, TO_TORCH, hidden_from_wire, hidden_to_wire
 
 
 @dataclass(slots=True)
@@ -214,14 +214,16 @@ class LlamaStage:
         if self._parts.embedding is not None:
             tokens = torch.tensor([t for step in steps for t in step.tokens], device=self._device)
         else:
-            hidden = from_wire(batch.tensors["hidden"], self._device, self._dtype)
+            hidden = hidden_from_wire(batch.tensors["hidden"], self._device, self._dtype)
         out = self._parts.hidden(tokens, hidden, plan, self._cache)
         for step in steps:
             if self._reads_tokens:
                 step.session.tokens += step.tokens
         if self._parts.head is None:
             named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
-            return Batch(batch.rows, {"hidden": to_wire(out.to(TO_TORCH.get(named, self._spec.dtypes.stored)))})
+            kept = not named or (named == SCALED and plan.drawn)
+            wire_dtype = FROM_TORCH[self._spec.dtypes.stored] if kept else named
+            return Batch(batch.rows, {"hidden": hidden_to_wire(out, wire_dtype)})
         answers = Answers(self._parts.head)
         asked = [Asked(s.row, s.start, s.session.tokens, s.session.spec, s.targets, s.session.grammar) for s in steps]
         for step, drawn in zip(steps, answers.collect(out, asked), strict=True):

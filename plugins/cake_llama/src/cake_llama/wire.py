@@ -41,3 +41,29 @@ def from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     buffer = bytearray(view) if view.readonly else view
     host = torch.frombuffer(buffer, dtype=torch.uint8).view(kind).view(tensor.shape)
     return host.to(device=device, dtype=dtype or kind)
+
+
+SCALED = "f8e4m3"
+"""The narrowest hidden states: a position's values over a scale of its own, after them the scale's four bytes (f32). For
+prompts, which are long: what tokens are drawn from right away is short and keeps its stage's own dtype."""
+
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def hidden_to_wire(hidden: torch.Tensor, wire_dtype: str) -> Tensor:
+    """Hidden states [T, width] as they leave a stage."""
+    if wire_dtype != SCALED:
+        return to_wire(hidden.to(TO_TORCH[wire_dtype]))
+    values = hidden.to(torch.float32)
+    scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
+    narrow = (values / scale).to(torch.float8_e4m3fn)
+    return to_wire(torch.cat([narrow.view(torch.uint8), scale.view(torch.uint8)], dim=1).view(torch.float8_e4m3fn))
+
+
+def hidden_from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse, as `dtype` on `device`. Raises StageError."""
+    if tensor.dtype != SCALED:
+        return from_wire(tensor, device, dtype)
+    packed = from_wire(tensor, device)
+    scale = packed[:, -4:].contiguous().view(torch.float32)
+    return (packed[:, :-4].to(torch.float32) * scale).to(dtype)

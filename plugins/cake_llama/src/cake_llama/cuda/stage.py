@@ -22,7 +22,7 @@ from cake_llama.cuda.graphs import SIZES, Entry, Graphs
 from cake_llama.model import Parts
 from cake_llama.rotary import Rotary
 from cake_llama.stage import LlamaStage, Session, StageSpec, Step
-from cake_llama.wire import TO_TORCH, from_wire, to_wire
+from cake_llama.wire import SCALED, TO_TORCH, hidden_from_wire, to_wire
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class CudaStage(LlamaStage):
         entries = [self._entry(step) for step in steps]
         hidden = None
         if self._parts.embedding is None:
-            hidden = from_wire(batch.tensors["hidden"], self._device, self._dtype)
+            hidden = hidden_from_wire(batch.tensors["hidden"], self._device, self._dtype)
         out, best = self._graphs.run(entries, hidden)
         flight = _Flight(batch, steps, pending, torch.cuda.Event())  # type: ignore[no-untyped-call]
         if best is None:
@@ -155,7 +155,7 @@ class CudaStage(LlamaStage):
 
     def _outgoing(self, hidden: Tensor, steps: Sequence[Step]) -> Tensor:
         named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
-        return hidden.to(TO_TORCH[named]) if named else hidden
+        return hidden.to(TO_TORCH[named]) if named not in ("", SCALED) else hidden
 
     def _draw(self, logits: Tensor, best: Tensor, steps: Sequence[Step], entries: Sequence[Entry]) -> Tensor:
         """Tokens of every row, left in `last` as well; nothing waits."""
