@@ -126,11 +126,13 @@ def test_prompts_cross_in_eight_bits_with_a_scale_a_position(tmp_path: Path) -> 
     assert not torch.equal(near, exact)
 
 
-def test_a_narrower_cache_is_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv", "vector"), [("f16", 16 * 2), ("bf16", 16 * 2), ("int8", 16 + 4)])
+def test_a_narrower_cache_is_near(tmp_path: Path, kv: str, vector: int) -> None:
+    """In int8 each vector of a head has a scale in f32."""
     folder = write_checkpoint(tmp_path, CASES["llama"], gain=1.0)
-    options = [LoadOptions(dtype="f32", device="cpu", kv_dtype=kv) for kv in ("f32", "bf16")]
+    options = [LoadOptions(dtype="f32", device="cpu", kv_dtype=kv) for kv in ("f32", kv)]
     sizes = [BACKEND.describe(SafetensorsCheckpoint(folder), own).layers[1].kv_bytes_per_token for own in options]
-    assert sizes == [2 * 2 * 16 * 4, 2 * 2 * 16 * 2]
+    assert sizes == [2 * 2 * 16 * 4, 2 * 2 * vector]
     chain = load_chain(folder, options=options[1:])
     assert chain.stages[0].memory().kv_bytes_per_token == LAYERS * sizes[1]
     assert 1e-5 < error_of(chain, Oracle(folder)) < 2e-2

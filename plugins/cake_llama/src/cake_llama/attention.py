@@ -62,24 +62,25 @@ def attend(plan: StepPlan, cache: KvCache, layer: int, qkv: Tensor, window: int 
 
     `qkv` is [T, heads + 2 * kv_heads, head_dim]; `window`: positions a query sees, itself included; None for all.
     """
-    keys, values = cache.keys[layer], cache.values[layer]
-    kv_heads = keys.shape[1]
+    kv_heads = cache.keys[layer].shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
-    keys.index_copy_(0, plan.slots, qkv[:, heads : heads + kv_heads].to(keys.dtype))
-    values.index_copy_(0, plan.slots, qkv[:, heads + kv_heads :].to(values.dtype))
+    cache.write(layer, plan.slots, qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :])
     q = qkv[:, :heads]
+
+    def attended(row: RowPlan, own: Tensor) -> Tensor:
+        where, mask = row.view(window, own.device)
+        return _attend_row(own, *cache.read(layer, where, own.dtype), mask)
+
     if len(plan.rows) == 1:
-        return _attend_row(plan.rows[0], q, keys, values, window)
-    rows = [_attend_row(row, q[row.start : row.start + row.length], keys, values, window) for row in plan.rows]
-    return torch.cat(rows)
+        return attended(plan.rows[0], q)
+    return torch.cat([attended(row, q[row.start : row.start + row.length]) for row in plan.rows])
 
 
-def _attend_row(row: RowPlan, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """One row's queries [length, heads, head_dim] against its own slots of the pools: [length, heads * head_dim]."""
-    where, mask = row.view(window, q.device)
+def _attend_row(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """One row's queries [length, heads, head_dim] against its keys and values: [length, heads * head_dim]."""
     length, heads, head_dim = q.shape
     kv_heads = keys.shape[1]
-    k, v = (pool[where].to(q.dtype).transpose(0, 1) for pool in (keys, values))  # [kv_heads, keys, head_dim] each
+    k, v = keys.transpose(0, 1), values.transpose(0, 1)  # [kv_heads, keys, head_dim] each
     if length == 1:
         # The queries that share a head's keys stand as its sequence, so nothing is repeated.
         queries = q.reshape(1, kv_heads, heads // kv_heads, head_dim)

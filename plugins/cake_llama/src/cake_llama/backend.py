@@ -36,9 +36,7 @@ class LlamaBackend:
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         config = ModelConfig.from_checkpoint(checkpoint)
         dtype = options.dtype if options.dtype != "auto" else config.dtype
-        if options.kv_dtype not in ("auto", "f32", "f16", "bf16"):
-            raise ConfigError(f"--kv-dtype {options.kv_dtype} is not served by {self.name}; use auto, f32, f16 or bf16")
-        item, kv_item = DTYPE_SIZES[dtype], DTYPE_SIZES[dtype if options.kv_dtype == "auto" else options.kv_dtype]
+        item, kv_bytes = DTYPE_SIZES[dtype], _kv_bytes(config, dtype if options.kv_dtype == "auto" else options.kv_dtype)
         width = _width(checkpoint, options, item)
         context = options.context or config.context_length
         if context > config.context_length:
@@ -48,9 +46,7 @@ class LlamaBackend:
             model_type="text",
             name=checkpoint.name,
             architecture=config.architecture,
-            layers=tuple(
-                _layer(config, name, found, width, kv_item) for name, found in layer_tensors(checkpoint, config).items()
-            ),
+            layers=tuple(_layer(name, found, width, kv_bytes) for name, found in layer_tensors(checkpoint, config).items()),
             dtype=dtype,
             hidden_bytes_per_token=config.hidden_size * item,
             vocab_size=config.vocab_size,
@@ -90,6 +86,14 @@ class LlamaBackend:
         return probe(options)
 
 
+def _kv_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of one position in one layer. In int8 every vector has a scale. Raises ConfigError for a dtype that is not served."""
+    if dtype not in ("f32", "f16", "bf16", "int8"):
+        raise ConfigError(f"--kv-dtype {dtype} is not served; use auto, f32, f16, bf16 or int8")
+    vector = config.head_dim + 4 if dtype == "int8" else config.head_dim * DTYPE_SIZES[dtype]
+    return 2 * config.num_kv_heads * vector
+
+
 Width = Callable[[Stored], int]
 """Bytes that a weight takes in memory."""
 
@@ -114,15 +118,14 @@ def _width(checkpoint: Checkpoint, options: LoadOptions, item: int) -> Width:
     return narrow
 
 
-def _layer(config: ModelConfig, name: str, weights: Sequence[Stored], width: Width, kv_item: int) -> Layer:
+def _layer(name: str, weights: Sequence[Stored], width: Width, kv_bytes: int) -> Layer:
     nbytes = sum(width(weight) for weight in weights)
-    block = name.startswith("model.layers.")
     return Layer(
         name=name,
         nbytes=nbytes,
         tensors=tuple(part.name for weight in weights for part in weight.parts.values()),
         file_nbytes=sum(weight.nbytes for weight in weights),
-        kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * kv_item if block else 0,
+        kv_bytes_per_token=kv_bytes if name.startswith("model.layers.") else 0,
         weights_read_per_token=0 if name == EMBED else nbytes,
         flops_per_token=0 if name == EMBED else 2 * sum(math.prod(weight.shape) for weight in weights),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from cake_core.errors import CapacityError
 from cake_llama.config import KV_BLOCK
@@ -43,7 +44,10 @@ class Table:
 
 
 class KvCache:
-    """Pools of keys and values, [slots, kv_heads, head_dim] for each layer, and who has which blocks."""
+    """Pools of keys and values, [slots, kv_heads, head_dim] for each layer, and who has which blocks.
+
+    In int8 each vector has its scale, f32 [slots, kv_heads]: the largest of its values over 127.
+    """
 
     def __init__(self, layers: int, shape: tuple[int, int], blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         self.blocks = blocks
@@ -51,9 +55,40 @@ class KvCache:
         # Memory is committed by the system as it is written, so an idle cache costs nothing on a CPU.
         self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.empty(size, device=device, dtype=dtype) for _ in range(layers)]
+        scaled = layers if dtype is torch.int8 else 0
+        self.key_scales = [torch.empty(size[:2], device=device) for _ in range(scaled)]
+        self.value_scales = [torch.empty(size[:2], device=device) for _ in range(scaled)]
         self._holders = bytearray(blocks)
         self._many: dict[int, int] = {}
         self._free = blocks
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(pool[:1].nbytes for pool in self._pools())
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """[T, kv_heads, head_dim] each, to the slots i64 [T]."""
+        if not self.key_scales:
+            self.keys[layer].index_copy_(0, slots, keys.to(self.keys[layer].dtype))
+            self.values[layer].index_copy_(0, slots, values.to(self.values[layer].dtype))
+            return
+        for given, pool, scales in (
+            (keys, self.keys[layer], self.key_scales[layer]), (values, self.values[layer], self.value_scales[layer]),
+        ):  # fmt: skip
+            codes, own = _narrowed(given)
+            pool.index_copy_(0, slots, codes)
+            scales.index_copy_(0, slots, own)
+
+    def read(self, layer: int, where: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, kv_heads, head_dim]."""
+        keys, values = (pool[where].to(dtype) for pool in (self.keys[layer], self.values[layer]))
+        if not self.key_scales:
+            return keys, values
+        scales = (pool[where].to(dtype)[..., None] for pool in (self.key_scales[layer], self.value_scales[layer]))
+        return keys.mul_(next(scales)), values.mul_(next(scales))
+
+    def _pools(self) -> tuple[Tensor, ...]:
+        return (*self.keys, *self.values, *self.key_scales, *self.value_scales)
 
     @property
     def free_blocks(self) -> int:
@@ -104,7 +139,7 @@ class KvCache:
     def _copy_last(self, table: Table) -> None:
         old = table.blocks[-1]
         new = self._take(table.blocks[-2] if len(table.blocks) > 1 else None)
-        for pool in (*self.keys, *self.values):
+        for pool in self._pools():
             pool[new * BLOCK : (new + 1) * BLOCK] = pool[old * BLOCK : (old + 1) * BLOCK]
         self._release(old)
         table.blocks[-1] = new
@@ -136,3 +171,10 @@ class KvCache:
         if count == 0:
             self._holders[block] = 0
             self._free += 1
+
+
+def _narrowed(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """i8 [T, heads, dim] and their scales f32 [T, heads]."""
+    wide = vectors.to(torch.float32)
+    most = wide.abs().amax(-1)
+    return (wide * (127 / most.clamp(min=1e-30))[..., None]).round().to(torch.int8), most / 127

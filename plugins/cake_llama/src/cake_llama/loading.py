@@ -24,6 +24,8 @@ from cake_llama.rotary import Rotary
 from cake_llama.stage import LlamaStage, StageSpec
 from cake_llama.weights import TORCH_DTYPES, weight_source
 
+KV_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}
+
 KV_SHARE = 0.5
 """Share of the memory left after the weights that the KV cache may take when nobody said how much."""
 KV_CONTEXTS = 4
@@ -59,7 +61,7 @@ def load_stage(
     total = _check_fit(_sizes(config, info, layers, None if own else dtypes.stored), device)
     with torch.inference_mode():
         parts = _parts(own or Loader(config, source, device, dtypes, moved), layers, dtypes.computed)
-    kv_dtype = dtypes.stored if options.kv_dtype == "auto" else TORCH_DTYPES[options.kv_dtype]
+    kv_dtype = dtypes.stored if options.kv_dtype == "auto" else KV_DTYPES[options.kv_dtype]
     cache = KvCache(
         len(parts.blocks), (config.num_kv_heads, config.head_dim), _blocks(info, layers, options, device), device, kv_dtype
     )

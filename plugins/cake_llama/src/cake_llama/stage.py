@@ -101,15 +101,14 @@ class LlamaStage:
             self._cache.truncate(found.table, 0)
 
     def memory(self) -> Memory:
-        cache, config = self._cache, self._config
-        width = 2 * config.num_kv_heads * config.head_dim * (cache.keys[0].element_size() if cache.keys else 0)
+        cache = self._cache
         return Memory(
             device=str(self._device),
             dtype=FROM_TORCH[self._spec.dtypes.stored],
             weights=self._spec.weights,
             kv_tokens=cache.blocks * BLOCK if cache.keys else 0,
             kv_tokens_free=cache.free_blocks * BLOCK if cache.keys else 0,
-            kv_bytes_per_token=width * len(cache.keys),
+            kv_bytes_per_token=cache.bytes_per_token,
         )
 
     def shutdown(self) -> None:

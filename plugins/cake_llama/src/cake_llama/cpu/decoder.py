@@ -29,7 +29,10 @@ GUESSED_ROWS = 128
 """The same where positions are guesses: up to here exactness is worth a little, for a step in C gives each position what it
 would give it alone, to the last bit, and so the same text."""
 
-KV_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KV_TYPES = {
+    torch.float32: cake_kernels.TYPES["F32"], torch.float16: cake_kernels.TYPES["F16"],
+    torch.bfloat16: cake_kernels.TYPES["BF16"], torch.int8: cake_kernels.INT8,
+}  # fmt: skip
 
 
 class Decoder:
@@ -46,7 +49,7 @@ class Decoder:
             inner=config.intermediate_size,
             rotary_dim=config.rope.dim,
             activation=0,
-            kv_type=cake_kernels.TYPES[KV_TYPES[cache.keys[0].dtype]],
+            kv_type=KV_TYPES[cache.keys[0].dtype],
             kv_block=BLOCK,
             norm_eps=config.norm_eps,
             scale=config.head_dim**-0.5,
@@ -107,6 +110,8 @@ def _layer(block: Block, cache: KvCache) -> cake_kernels.Layer:
         **{f"{name}_norm": norm.weight.data_ptr() for name, norm in norms.items() if norm is not None},
         keys=cache.keys[block.index].data_ptr(),
         values=cache.values[block.index].data_ptr(),
+        key_scale=cache.key_scales[block.index].data_ptr() if cache.key_scales else None,
+        value_scale=cache.value_scales[block.index].data_ptr() if cache.value_scales else None,
         window=block.window or 0,
     )
 
