@@ -58,6 +58,11 @@ class Farm:
         self._ends.callback(worker.shutdown)
         return worker
 
+    def end(self, name: str) -> None:
+        """Ends a worker at once; nobody answers at its address any more."""
+        self.workers.pop(name).shutdown()
+        self._listeners[name].close()
+
     def address(self, name: str) -> Address:
         return self._listeners[name].address
 

@@ -16,7 +16,8 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub bundle split",
         "connect waiting link stage_inputs stages serving weights assignment assigner tenant hops guest worker "
-        "chain expectation cluster discovery survey engine nodes runtime gathering",
+        "chain expectation cluster discovery survey engine nodes replan runtime "
+        "gathering",
         "bench",
         "cli __main__",
         "testing",

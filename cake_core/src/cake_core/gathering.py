@@ -132,11 +132,12 @@ def usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The topology to run with, and why workers were left out of it."""
+    """The topology to run with, and why workers were left out of it; these may be spares when a node is lost."""
 
     topology: Topology
     left_out: Mapping[str, str] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
+    spares: tuple[Node, ...] = ()
 
 
 def gather(
@@ -159,7 +160,9 @@ def gather(
         memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
         return Gathered(spread(info, whole, memory, options.kv_tokens or context))
     planned = plan(info, cluster, PlanRequest(context=context, objective=wishes.plan_for, topology=topology))
-    return Gathered(planned.topology, planned.left_out, planned.advice)
+    used = {node.name for node in planned.topology.nodes}
+    spares = tuple(Node(worker.name, worker.address, ()) for worker in workers if worker.name not in used)
+    return Gathered(planned.topology, planned.left_out, planned.advice, spares)
 
 
 def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> ClusterProfile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -32,8 +33,11 @@ class Nodes:
     """The workers of a placement, and the watch the engine keeps on them."""
 
     def __init__(self, spec: RunSpec, plugins: Plugins, info: ModelInfo, placement: Placement) -> None:
-        self.rejoin = spec.rejoin
+        self.replanning = False
+        """Whether lost layers are being placed again: that may take as long as it takes."""
         self.supply = ImageSupply()
+        self._spec = spec
+        self._info = info
         self._plugins = plugins
         self._listeners: list[Callable[[], None]] = []
         self._states: dict[str, str] = {}
@@ -41,6 +45,31 @@ class Nodes:
         for name in placement.nodes:
             if name != MASTER:
                 self._nodes[name] = _remote_node(spec, info, placement, name, self)
+
+    @property
+    def rejoin(self) -> float:
+        """Seconds that requests wait for a node that is missing."""
+        return math.inf if self.replanning else self._spec.rejoin
+
+    def exchange(self, spec: RunSpec, placement: Placement) -> None:
+        """Goes over to another placement: ends what is not part of it or serves other layers there, starts what is new."""
+        self._spec = spec
+        kept = {name: node for name, node in self._nodes.items() if node.expectation.stages == _stages(placement, name)}
+        gone = [node for name, node in self._nodes.items() if name not in kept]
+        fresh = {
+            name: _remote_node(spec, self._info, placement, name, self)
+            for name in placement.nodes
+            if name != MASTER and name not in kept
+        }
+        self._nodes = {**kept, **fresh}
+        for node in gone:
+            node.close()
+        for node in fresh.values():
+            node.start()
+
+    def lost(self, since: float) -> list[RemoteNode]:
+        """Those that have been down since that time (time.time()) or longer."""
+        return [node for node in self._nodes.values() if node.state == "down" and node.status().since <= since]
 
     def __getitem__(self, name: str) -> RemoteNode:
         return self._nodes[name]
@@ -66,6 +95,8 @@ class Nodes:
         return any(node.state == "draining" for node in self._nodes.values())
 
     def missing(self) -> CakeError | None:
+        if self.replanning:
+            return NodeLost("a node was lost, and its layers are being placed on others; try again in a moment")
         away = [node for node in self._nodes.values() if node.state not in ("up", "draining")]
         if not away:
             return None
@@ -84,6 +115,8 @@ class Nodes:
 
     def changed(self, node: RemoteNode) -> None:
         state = node.state
+        if self._nodes.get(node.name) is not node:
+            return  # one that was exchanged
         if self._states.get(node.name) != state and state != "connecting":
             self._states[node.name] = state
             self._plugins.emit(NodeEvent(node.name, state, node.address, str(node.error or "")))
@@ -93,7 +126,7 @@ class Nodes:
 
 def _remote_node(spec: RunSpec, info: ModelInfo, placement: Placement, name: str, nodes: Nodes) -> RemoteNode:
     """The way to one worker, and what to assign to it should it have brought no layers."""
-    stages = tuple(span.layers for span in placement.spans if name in span.nodes)
+    stages = _stages(placement, name)
     # A master whose components are all elsewhere may have a folder without weights, which has no tensors to ask for.
     known = any(info.layer(layer).tensors for stage in stages for layer in stage)
     tensors = spec.checkpoint.tensors if known else {}
@@ -118,6 +151,10 @@ def _remote_node(spec: RunSpec, info: ModelInfo, placement: Placement, name: str
 
     assigner = NodeAssigner(name, make, nodes.supply, dial if host is not None else None, report, spec.timing)
     return RemoteNode(name, str(host or "joining"), dial, expectation, nodes.changed, spec.timing, assigner)
+
+
+def _stages(placement: Placement, name: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(span.layers for span in placement.spans if name in span.nodes)
 
 
 def _dial(spec: RunSpec, name: str, host: Address | None) -> Dial:

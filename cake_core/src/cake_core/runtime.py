@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
@@ -24,8 +24,10 @@ from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelI
 from cake_core.nodes import Nodes
 from cake_core.placement import Placement
 from cake_core.plugins import Plugins
+from cake_core.profiles import NodeProfile
+from cake_core.replan import Cast, Replanner
 from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage
-from cake_core.topology import MASTER, Topology
+from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class RunSpec:
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.
         speculation: how tokens are guessed, None for not at all. draft: a model to guess with, loaded on this node.
         limits: None for what fits the placement.
+        on_loss: whether the layers of a lost node wait for it or are placed again on others: workers of the topology that
+            brought none of their own, `spares`, and this node as far as `profile` says what it has free.
         route: whether workers answer the master (star) or hand over to one another (chain); auto: where they can.
     """
 
@@ -60,6 +64,9 @@ class RunSpec:
     draft: Checkpoint | None = None
     limits: Limits | None = None
     route: Way = "auto"
+    on_loss: Literal["wait", "replan"] = "wait"
+    spares: tuple[Node, ...] = ()
+    profile: Callable[[], NodeProfile] | None = None
     timing: LinkTiming | None = None
     progress: NodeProgress | None = None
 
@@ -73,6 +80,11 @@ class TextRuntime:
     pipeline: Pipeline
     _nodes: Nodes
     _local: Sequence[LocalStage]
+    _replanner: Replanner | None = None
+
+    def recast(self, cast: Cast) -> None:
+        """The layers of a lost node were placed again."""
+        self.placement, self._local = cast.placement, cast.local
 
     def nodes(self) -> list[NodeStatus]:
         return self._nodes.statuses()
@@ -87,8 +99,12 @@ class TextRuntime:
 
     def close(self) -> None:
         """Ends the engine, the links and the local stages. Idempotent."""
+        if self._replanner is not None:
+            self._replanner.close()
         self.engine.close()
         self._nodes.close()
+        if self._replanner is not None:
+            self._replanner.join()
         local, self._local = self._local, ()
         for stage in local:
             stage.shutdown()
@@ -159,7 +175,15 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
             stage.shutdown()
         raise
     nodes.listen(engine.wake)
-    return TextRuntime(info, placement, tokenizer, engine, pipeline, nodes, local)
+    runtime = TextRuntime(info, placement, tokenizer, engine, pipeline, nodes, local)
+    if spec.on_loss == "replan":
+
+        def load(layers: tuple[str, ...]) -> LocalStage:
+            return LocalStage(MASTER, backend.load(spec.checkpoint, info, layers, spec.options))
+
+        runtime._replanner = Replanner(plugins, info, nodes, Cast(spec, placement, local), load, runtime.recast)
+        runtime._replanner.start(engine)
+    return runtime
 
 
 def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
     from cake_core.cli.options import ModelFlags
     from cake_core.connect import Connector
-    from cake_core.gathering import Wishes
+    from cake_core.gathering import Gathered, Wishes
     from cake_core.plugins import Plugins
     from cake_core.survey import Surveyed
     from cake_core.topology import Topology
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 def gathered_topology(
     plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, connector: Connector, topology: Topology
-) -> Topology:
+) -> Gathered:
     """The topology with every node filled, or, where there is no file, with the workers that were found."""
+    from cake_core.gathering import Gathered
+
     wishes = wishes_of(flags, topology)
     if wishes is None:
-        return topology
+        return Gathered(topology)
     from cake_core.cli.machine import measured
     from cake_core.gathering import Search, gather, usable
     from cake_core.topology import MASTER
@@ -34,7 +36,7 @@ def gathered_topology(
     info = plugins.backend_for(checkpoint, flags.kind).describe(checkpoint, options)
     workers = usable(search.everybody(note), note)
     if not workers:
-        return topology
+        return Gathered(topology)
     for worker in workers:
         note(f"found {describe(worker)}")
     gathered = gather(info, topology, measured(MASTER), workers, wishes, options)
@@ -42,7 +44,7 @@ def gathered_topology(
         note(f"{name} is not used: {why}")
     for line in gathered.advice:
         note(line)
-    return gathered.topology
+    return gathered
 
 
 def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:

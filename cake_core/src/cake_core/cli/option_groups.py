@@ -53,6 +53,10 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(CLUSTER, "--spread", is_flag=True, help="Share the model among all workers, also where fewer would do."),
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
+        option(
+            CLUSTER, "--on-loss", type=click.Choice(["wait", "replan"]), default="wait", show_default=True,
+            help="Wait for a lost worker, or place its layers on others that have memory to spare.",
+        ),
         option(CLUSTER, "--wire-dtype", default="auto", metavar="D", help="Dtype of activations on the network, also f8e4m3."),
         option(CLUSTER, "--route", type=click.Choice(ROUTES), default="auto", help="How batches go between workers."),
     ),

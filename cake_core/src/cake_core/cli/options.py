@@ -60,6 +60,7 @@ class ModelFlags:
     plan_for: Literal["latency", "throughput"] = "latency"
     wait: float = 10.0
     rejoin_timeout: float = 30.0
+    on_loss: Literal["wait", "replan"] = "wait"
     wire_dtype: str = "auto"
     speculate: str = "auto"
     draft: str | None = None
@@ -134,14 +135,16 @@ class ModelFlags:
     ) -> RunSpec:
         """Everything `open_text` and `open_image` want; workers without layers are looked for and given some."""
         from cake_core.cli.gather import gathered_topology
+        from cake_core.cli.machine import measured
         from cake_core.runtime import RunSpec
+        from cake_core.topology import MASTER
 
         topology, options = self.load_topology(), self.load_options()
         connector = connector or self.connector(plugins, topology)
         gathered = gathered_topology(plugins, self, checkpoint, connector, topology)
         return RunSpec(
             checkpoint=checkpoint,
-            topology=gathered,
+            topology=gathered.topology,
             options=options,
             dial=connector.dial,
             joined=connector.joined,
@@ -151,6 +154,9 @@ class ModelFlags:
             speculation=self.speculation(),
             draft=None if self.draft is None else plugins.resolve(self.draft),
             route=cast("Way", self.route),
+            on_loss=self.on_loss,
+            spares=gathered.spares,
+            profile=lambda: measured(MASTER),
             progress=progress,
         )
 

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class Watch(Protocol):
     """Whether every node is there; the engine waits up to `rejoin` seconds for one that is not."""
 
-    rejoin: float
-
+    @property
+    def rejoin(self) -> float: ...
     @property
     def draining(self) -> bool:
         """Whether a node is about to leave and waits for its sessions to end."""

@@ -41,6 +41,11 @@ class Pipeline:
             log.info("batches go this way: %s", self._route)
         return self._route
 
+    def restage(self, stages: Sequence[Stage], router: Router) -> None:
+        """Has the next route lead over other stages that hold the same layers. A node was lost, so that no route is up and none
+        is asked for: what lived on the old ones is lost with them."""
+        self.stages, self._router, self._route = tuple(stages), router, None
+
     def submit(self, batch: Batch, done: Done) -> None:
         """Sends a batch on its way; `done(result, error)` is called once, from whichever thread completes it."""
         try:

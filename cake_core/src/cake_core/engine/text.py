@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
+from cake_core.chain import Router
 from cake_core.detokenize import Detokenizer
 from cake_core.engine.ledger import Ledger
 from cake_core.engine.loop import Loop, Watch
@@ -20,6 +21,7 @@ from cake_core.errors import Cancelled, CapacityError, ContextLengthError, Queue
 from cake_core.events import TextEvent
 from cake_core.model import ModelInfo, Tokenizer
 from cake_core.requests import TextRequest
+from cake_core.stages import Stage
 
 
 class Handle:
@@ -69,6 +71,7 @@ class TextEngine:
         self._limits = limits or Limits()
         if pipeline.runs_ahead and not (speculator is not None and speculator.speculation.everywhere):
             self._limits, speculator = replace(self._limits, depth=2, ahead=True), None
+        self._pipeline = pipeline
         kv_tokens = pipeline.kv_tokens()
         self._scheduler = Scheduler(self._limits, Ledger(kv_tokens // info.kv_block, info.kv_block), speculator)
         self._orders = itertools.count()
@@ -143,6 +146,12 @@ class TextEngine:
     def wake(self) -> None:
         """Has the loop look at the cluster again."""
         self._loop.post(Wake())
+
+    def restage(self, stages: tuple[Stage, ...], router: Router) -> None:
+        """Goes on over other stages with the same layers, after a node was lost; requests are computed again."""
+        self._pipeline.restage(stages, router)
+        self._scheduler.ledger.capacity = self._pipeline.kv_tokens() // self.info.kv_block
+        self.wake()
 
     def close(self) -> None:
         """Cancels everything and ends the loop. Idempotent."""
