@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
@@ -14,3 +17,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Tests look for workers only where they say so, never on the network they happen to run in.
 os.environ.setdefault("CAKE_WORKERS", "none")
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_stays() -> Iterator[None]:
+    """A command that a test runs in this process logs to stderr as commands do; later tests are quiet again."""
+    yield
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h).__module__.startswith("cake_")]:
+        root.removeHandler(handler)
