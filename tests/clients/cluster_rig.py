@@ -44,7 +44,8 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder: Path, *options: str, cuts: Sequence[str] = ()) -> Iterator[Cluster]:
-    """A worker for the layers of each of `cuts`, and a server with `options`; all of them are gone at the end."""
+    """A worker for the layers of each of `cuts`, and a server; all of them are gone at the end. `options` before a `--` are
+    for both, those after it for the server."""
     folder.mkdir(parents=True, exist_ok=True)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("CAKE_", "HF_"))}
     env |= {"CAKE_CONFIG_DIR": str(folder), "CAKE_CACHE_DIR": str(folder), "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -64,22 +65,23 @@ def cluster(folder: Path, *options: str, cuts: Sequence[str] = ()) -> Iterator[C
         processes.append(master)
         found = re.search(r"listening on (http://\S+)", master.wait_for("listening on http"))
         assert found is not None
-        _until_ready(found[1], master)
+        _until_ready(found[1], processes)
         yield Cluster(found[1], master, processes[:-1])
     finally:
         for process in reversed(processes):
             process.end()
 
 
-def _until_ready(url: str, master: Process) -> None:
+def _until_ready(url: str, processes: Sequence[Process]) -> None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        assert master.popen.poll() is None, master.output
+        for process in processes:
+            assert process.popen.poll() is None, process.output[-4000:]
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=30).status_code == 200:
                 return
-        time.sleep(0.05)
-    raise TimeoutError(master.output)
+        time.sleep(0.1)
+    raise TimeoutError("\n".join(process.output[-2000:] for process in processes))
 
 
 def _free_address() -> str:
