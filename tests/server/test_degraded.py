@@ -56,6 +56,29 @@ def test_a_lost_worker_and_its_return(cluster: LocalCluster) -> None:
         assert eventually(lambda: idle(runtime))
 
 
+def test_every_stage_tells_its_work_and_its_cache(cluster: LocalCluster) -> None:
+    runtime = cluster.open_text()
+
+    def found(client: httpx.Client) -> dict[str, float]:
+        samples = [line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in samples}
+
+    def stage(what: str, node: str, layers: str) -> str:
+        return f'cake_stage_{what}{{layers="{layers}",node="{node}"}}'
+
+    attic = "attic", "model.layers.1"
+    with LiveServer(runtime) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        client.post(CHAT, json=SHORT).raise_for_status()
+        assert eventually(lambda: found(client).get(stage("batches_total", *attic), 0) == found(client)["cake_batches_total"])
+        last = found(client)
+        assert last[stage("positions_total", *attic)] == last["cake_positions_total"]
+        own = stage("compute_seconds_total", "master", "model.embed_tokens, model.layers.0")
+        assert 0 < last[own] < last["cake_batch_seconds_total"]
+        computed = sum(value for name, value in last.items() if name.startswith("cake_stage_compute_seconds_total"))
+        assert last[stage("compute_seconds_total", *attic)] < computed < last["cake_batch_seconds_total"]
+        assert 0 < last[stage("kv_usage_ratio", *attic)] < 1
+
+
 def test_a_worker_that_is_back_in_time_costs_no_answer(cluster: LocalCluster) -> None:
     runtime = cluster.open_text(rejoin=20.0)
     with LiveServer(runtime) as server, httpx.Client(base_url=server.url, timeout=30) as client:

@@ -6,9 +6,10 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from cake_core.errors import (
     AuthenticationError,
@@ -27,13 +28,17 @@ from cake_core.expectation import Expectation
 from cake_core.link import Link, LinkCount, LinkTiming
 from cake_core.model import Memory
 from cake_core.protocol import Message, Type
+from cake_core.stages import StageCount
 from cake_core.transport import Channel
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 State = Literal["connecting", "up", "draining", "down"]
 
 ATTACH_TIMEOUT = 30.0
+FRESH = 1.0
+"""Seconds for which a report is good enough for those who look."""
 FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.1, 5.0, 30.0
 """Seconds between attempts: doubling from the first to the last, with full jitter; after a refusal that time cannot mend
 (wrong key, wrong model), the long one."""
@@ -54,6 +59,8 @@ class NodeStatus:
     memory: tuple[Memory, ...] = ()
     platform: Mapping[str, Any] = field(default_factory=dict)
     count: LinkCount | None = None
+    work: tuple[StageCount, ...] = ()
+    """Of each of its stages, in order."""
 
 
 Dial = Callable[[float], Channel]
@@ -101,6 +108,7 @@ class RemoteNode:
         self._link: Link | None = None
         self._error: CakeError | None = None
         self._report: Mapping[str, Any] = {}
+        self._asked = 0.0
         self._closed = threading.Event()
         self._lost = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"cake-node-{name}", daemon=True)
@@ -167,7 +175,11 @@ class RemoteNode:
         return _memory(memory[index]) if index < len(memory) else Memory("", "", 0)
 
     def status(self) -> NodeStatus:
+        """As it was last heard of; whoever looks again after FRESH seconds sees what it reports now."""
         link = self._link
+        if link is not None and time.monotonic() - self._asked > FRESH:
+            self._asked = time.monotonic()
+            link.ask(Type.STATUS, {}).add_done_callback(self._told)
         return NodeStatus(
             self.name,
             self.address,
@@ -178,7 +190,12 @@ class RemoteNode:
             tuple(_memory(entry) for entry in self._report.get("memory", [])),
             self._report.get("platform", {}),
             link.count if link else None,
+            tuple(_known(StageCount, entry) for entry in self._report.get("work", [])),
         )
+
+    def _told(self, answer: Future[tuple[Message, memoryview]]) -> None:
+        if not answer.cancelled() and answer.exception() is None:
+            self._report = answer.result()[0].fields["report"]
 
     # The thread
 
@@ -271,8 +288,13 @@ class RemoteNode:
 
 def _memory(values: Any) -> Memory:
     """Memory from a report, whatever a newer worker adds to it."""
-    known = {name: values[name] for name in Memory.__dataclass_fields__ if isinstance(values, dict) and name in values}
-    return Memory(**{"device": "", "dtype": "", "weights": 0, **known})
+    return _known(Memory, {"device": "", "dtype": "", "weights": 0, **(values if isinstance(values, dict) else {})})
+
+
+def _known(kind: type[T], values: Any) -> T:
+    """A dataclass of the fields that it has among `values`."""
+    names: Iterable[str] = kind.__dataclass_fields__ if isinstance(values, dict) else ()  # type: ignore[attr-defined]
+    return kind(**{name: values[name] for name in names if name in values})
 
 
 def describe_missing(nodes: Sequence[RemoteNode]) -> str:

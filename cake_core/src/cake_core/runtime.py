@@ -26,7 +26,7 @@ from cake_core.placement import Placement
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
 from cake_core.replan import Cast, Replanner
-from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage
+from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage, StageCount
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
 
@@ -96,6 +96,10 @@ class TextRuntime:
     def memory(self) -> list[Memory]:
         """Of the stages on this node."""
         return [stage.memory() for stage in self._local]
+
+    def work(self) -> list[StageCount]:
+        """Of the stages on this node."""
+        return [stage.count for stage in self._local]
 
     def close(self) -> None:
         """Ends the engine, the links and the local stages. Idempotent."""

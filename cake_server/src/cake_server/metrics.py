@@ -10,7 +10,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cake_core.events import Usage
+from cake_core.model import Memory
 from cake_core.runtime import ImageRuntime, TextRuntime
+from cake_core.stages import StageCount
+from cake_core.topology import MASTER, compress
 
 if TYPE_CHECKING:
     from cake_server.service import Service
@@ -80,6 +83,10 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily("cake_preemptions", "Sequences sent back to the queue for want of KV.", stats.preemptions)
             yield CounterMetricFamily("cake_positions", "Positions forwarded.", stats.positions)
             yield CounterMetricFamily("cake_batches", "Batches forwarded; positions over batches is their size.", stats.batches)
+            yield CounterMetricFamily(
+                "cake_batch_seconds", "For which batches were on their way through the stages, wires included.", stats.seconds
+            )
+            yield from _stages(runtime)
             yield CounterMetricFamily("cake_guessed_tokens", "Tokens guessed and forwarded.", stats.proposed)
             yield CounterMetricFamily("cake_accepted_tokens", "Guessed tokens that were right.", stats.accepted)
         elif isinstance(runtime, ImageRuntime):
@@ -96,3 +103,29 @@ class _EngineCollector(Collector):
                 traffic.add_metric((status.name, "received"), status.count.bytes_received)
         yield up
         yield traffic
+
+
+def _stages(runtime: TextRuntime) -> Iterator[Any]:
+    """Work and KV of every stage, wherever it is."""
+    labels = ("node", "layers")
+    seconds = CounterMetricFamily("cake_stage_compute_seconds", "For which the stage computed.", labels=labels)
+    batches = CounterMetricFamily("cake_stage_batches", "Batches of the stage.", labels=labels)
+    positions = CounterMetricFamily("cake_stage_positions", "Positions of the stage.", labels=labels)
+    used = GaugeMetricFamily("cake_stage_kv_usage_ratio", "Share of the stage's KV cache that is in use.", labels=labels)
+    for node, layers, count, memory in _parts(runtime):
+        seconds.add_metric((node, layers), count.seconds)
+        batches.add_metric((node, layers), count.batches)
+        positions.add_metric((node, layers), count.positions)
+        if memory.kv_tokens:
+            used.add_metric((node, layers), 1 - memory.kv_tokens_free / memory.kv_tokens)
+    yield from (seconds, batches, positions, used)
+
+
+def _parts(runtime: TextRuntime) -> Iterator[tuple[str, str, StageCount, Memory]]:
+    known = {status.name: iter(zip(status.work, status.memory, strict=False)) for status in runtime.nodes()}
+    known[MASTER] = iter(zip(runtime.work(), runtime.memory(), strict=False))
+    for span in runtime.placement.spans:
+        for node in span.nodes:
+            part = next(known.get(node, iter(())), None)
+            if part is not None:
+                yield node, ", ".join(compress(span.layers)), *part

@@ -4,6 +4,8 @@ thread, or the thread that read a worker's answer."""
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -31,6 +33,9 @@ class Pipeline:
         self.wire_dtype = wire_dtype
         self.runs_ahead = len(self.stages) == 1 and self.stages[0].runs_ahead
         self._router = router or Router(self.stages, "star")
+        self.seconds = 0.0
+        """For which batches have been on their way, all of them added up."""
+        self._counting = threading.Lock()
         self._route: Route | None = None
         self._routes: dict[int, Route] = {}
 
@@ -48,6 +53,13 @@ class Pipeline:
 
     def submit(self, batch: Batch, done: Done) -> None:
         """Sends a batch on its way; `done(result, error)` is called once, from whichever thread completes it."""
+        began = time.perf_counter()
+
+        def ended(result: Batch | None, error: CakeError | None) -> None:
+            with self._counting:
+                self.seconds += time.perf_counter() - began
+            done(result, error)
+
         try:
             route = self._route_of([row.session for row in batch.rows])
             for leg in route.legs:
@@ -55,7 +67,7 @@ class Pipeline:
         except CakeError as error:
             done(None, error)
         else:
-            self._run(route, 0, batch, batch, done)
+            self._run(route, 0, batch, batch, ended)
 
     def _run(self, route: Route, index: int, batch: Batch, origin: Batch, done: Done) -> None:
         while index < len(route.legs):

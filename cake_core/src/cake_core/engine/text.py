@@ -49,6 +49,8 @@ class EngineStats:
     positions: int
     """Positions forwarded since the start."""
     batches: int
+    seconds: float
+    """For which batches have been on their way through the stages, added up."""
     proposed: int = 0
     accepted: int = 0
     """Guessed tokens that were forwarded, and those of them that were right."""
@@ -68,6 +70,7 @@ class TextEngine:
     ) -> None:
         self.info = info
         self._tokenizer = tokenizer
+        self._pipeline = pipeline
         self._limits = limits or Limits()
         if pipeline.runs_ahead and not (speculator is not None and speculator.speculation.everywhere):
             self._limits, speculator = replace(self._limits, depth=2, ahead=True), None
@@ -139,6 +142,7 @@ class TextEngine:
             scheduler.preemptions,
             self._loop.positions,
             self._loop.batches,
+            self._pipeline.seconds,
             guesses.proposed,
             guesses.accepted,
         )
