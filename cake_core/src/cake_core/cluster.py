@@ -6,10 +6,10 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 from cake_core.errors import (
     AuthenticationError,
@@ -28,11 +28,10 @@ from cake_core.expectation import Expectation
 from cake_core.link import Link, LinkCount, LinkTiming
 from cake_core.model import Memory
 from cake_core.protocol import Message, Type
-from cake_core.stages import StageCount
+from cake_core.reports import StageCount, read_count, read_memory
 from cake_core.transport import Channel
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 State = Literal["connecting", "up", "draining", "down"]
 
@@ -172,7 +171,7 @@ class RemoteNode:
     def memory_of(self, layers: tuple[str, ...]) -> Memory:
         memory = self._report.get("memory", [])
         index = self.expectation.stages.index(layers)
-        return _memory(memory[index]) if index < len(memory) else Memory("", "", 0)
+        return read_memory(memory[index]) if index < len(memory) else Memory("", "", 0)
 
     def status(self) -> NodeStatus:
         """As it was last heard of; whoever looks again after FRESH seconds sees what it reports now."""
@@ -187,10 +186,10 @@ class RemoteNode:
             self.expectation.layers,
             self._since,
             str(self._error or ""),
-            tuple(_memory(entry) for entry in self._report.get("memory", [])),
+            tuple(read_memory(entry) for entry in self._report.get("memory", [])),
             self._report.get("platform", {}),
             link.count if link else None,
-            tuple(_known(StageCount, entry) for entry in self._report.get("work", [])),
+            tuple(read_count(entry) for entry in self._report.get("work", [])),
         )
 
     def _told(self, answer: Future[tuple[Message, memoryview]]) -> None:
@@ -284,17 +283,6 @@ class RemoteNode:
             self._state, self._link, self._error = state, link, error
             self._changed.notify_all()
         self._on_change(self)
-
-
-def _memory(values: Any) -> Memory:
-    """Memory from a report, whatever a newer worker adds to it."""
-    return _known(Memory, {"device": "", "dtype": "", "weights": 0, **(values if isinstance(values, dict) else {})})
-
-
-def _known(kind: type[T], values: Any) -> T:
-    """A dataclass of the fields that it has among `values`."""
-    names: Iterable[str] = kind.__dataclass_fields__ if isinstance(values, dict) else ()  # type: ignore[attr-defined]
-    return kind(**{name: values[name] for name in names if name in values})
 
 
 def describe_missing(nodes: Sequence[RemoteNode]) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import NodeStatus
 from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
@@ -26,7 +25,8 @@ from cake_core.placement import Placement
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
 from cake_core.replan import Cast, Replanner
-from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage, StageCount
+from cake_core.reports import NodeStatus, StageCount
+from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
 

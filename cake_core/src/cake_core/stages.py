@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cake_core.codec import spec_to_fields
@@ -15,15 +14,7 @@ from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, Rewi
 from cake_core.link import Link
 from cake_core.model import Batch, Buffer, Memory, Pending, SessionSpec, Tensor, TextStage
 from cake_core.protocol import Message, Type, tensor_fields
-
-
-@dataclass(slots=True)
-class StageCount:
-    """What a stage has done since it was loaded. `seconds`: while it had a batch, whichever thread or device computed."""
-
-    batches: int = 0
-    positions: int = 0
-    seconds: float = 0.0
+from cake_core.reports import StageClock, StageCount
 
 
 class Stage(Protocol):
@@ -54,11 +45,13 @@ class LocalStage:
         self.node = node
         self.layers = stage.layers
         self.runs_ahead = bool(getattr(stage, "runs_ahead", False))
-        self.count = StageCount()
         self._stage = stage
         self._lock = threading.Lock()
-        self._counting = threading.Lock()
-        self._counted_until = 0.0
+        self._clock = StageClock()
+
+    @property
+    def count(self) -> StageCount:
+        return self._clock.count
 
     def bound(self) -> LocalStage:
         return self
@@ -73,22 +66,13 @@ class LocalStage:
             with self._lock:
                 self._rewind(batch)
                 pending = self._stage.submit(batch)
-            pending.when_done(lambda _: self._counted(began, batch.positions))
+            pending.when_done(lambda _: self._clock.ended(began, batch.positions))
             return pending
         except CakeError as error:
             return _failed(error)
         except Exception as error:
             # A backend's bug ends the requests of this batch, not the thread that carries everybody's.
             return _failed(StageError(f"{self.node}: {type(error).__name__}: {error}"))
-
-    def _counted(self, began: float, positions: int) -> None:
-        """Batches under way at once, as on a GPU that runs ahead, are not counted twice."""
-        with self._counting:
-            now = time.perf_counter()
-            self.count.batches += 1
-            self.count.positions += positions
-            self.count.seconds += now - max(began, self._counted_until)
-            self._counted_until = now
 
     def _rewind(self, batch: Batch) -> None:
         for row in batch.rows:

@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 
 from cake_core.events import Usage
 from cake_core.model import Memory
+from cake_core.reports import StageCount
 from cake_core.runtime import ImageRuntime, TextRuntime
-from cake_core.stages import StageCount
 from cake_core.topology import MASTER, compress
 
 if TYPE_CHECKING:
