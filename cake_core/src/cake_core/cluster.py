@@ -8,8 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from cake_core.errors import (
     AuthenticationError,
@@ -25,15 +24,13 @@ from cake_core.errors import (
     TransportError,
 )
 from cake_core.expectation import Expectation
-from cake_core.link import Link, LinkCount, LinkTiming
+from cake_core.link import Link, LinkTiming
 from cake_core.model import Memory
 from cake_core.protocol import Message, Type
-from cake_core.reports import StageCount, read_count, read_memory
+from cake_core.reports import NodeStatus, State, read_count, read_memory
 from cake_core.transport import Channel
 
 log = logging.getLogger(__name__)
-
-State = Literal["connecting", "up", "draining", "down"]
 
 ATTACH_TIMEOUT = 30.0
 FRESH = 1.0
@@ -43,23 +40,6 @@ FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.1, 5.0, 30.0
 (wrong key, wrong model), the long one."""
 PERMANENT = (NodeMismatch, AuthenticationError, ProtocolError, ConfigError, CapacityError)
 """What keeps a node away for good: to wait is of no use."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """A node at one moment. `since` is the time (time.time()) of the last change of state."""
-
-    name: str
-    address: str
-    state: State
-    layers: tuple[str, ...]
-    since: float
-    error: str = ""
-    memory: tuple[Memory, ...] = ()
-    platform: Mapping[str, Any] = field(default_factory=dict)
-    count: LinkCount | None = None
-    work: tuple[StageCount, ...] = ()
-    """Of each of its stages, in order."""
 
 
 Dial = Callable[[float], Channel]

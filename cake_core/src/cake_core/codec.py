@@ -1,14 +1,15 @@
-"""Values inside the CBOR maps of the protocol: session specs and errors, each by a closed table."""
+"""Values inside the CBOR maps of the protocol: session specs and errors, each by a closed table; names of constants."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from cake_core import errors
 from cake_core.errors import CakeError, ProtocolError
-from cake_core.model import SessionSpec
+from cake_core.model import SessionSpec, Tensor
 from cake_core.requests import SamplingParams
 
 
@@ -68,3 +69,10 @@ def error_from_fields(values: Mapping[str, Any]) -> CakeError:
         )
     }  # fmt: skip
     return kinds.get(values["kind"], errors.StageError)(values["message"])
+
+
+def content_id(tensor: Tensor) -> bytes:
+    """Names a tensor by what is in it."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{tensor.shape}".encode(), digest_size=16)
+    digest.update(tensor.data)
+    return digest.digest()

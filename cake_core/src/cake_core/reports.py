@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
+from cake_core.link import LinkCount
 from cake_core.model import Memory
 
 T = TypeVar("T")
+State = Literal["connecting", "up", "draining", "down"]
 
 
 @dataclass(slots=True)
@@ -20,6 +22,23 @@ class StageCount:
     batches: int = 0
     positions: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A node at one moment. `since` is the time (time.time()) of the last change of state."""
+
+    name: str
+    address: str
+    state: State
+    layers: tuple[str, ...]
+    since: float
+    error: str = ""
+    memory: tuple[Memory, ...] = ()
+    platform: Mapping[str, Any] = field(default_factory=dict)
+    count: LinkCount | None = None
+    work: tuple[StageCount, ...] = ()
+    """Of each of its stages, in order."""
 
 
 class StageClock:

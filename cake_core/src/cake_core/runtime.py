@@ -99,7 +99,7 @@ class TextRuntime:
 
     def work(self) -> list[StageCount]:
         """Of the stages on this node."""
-        return [stage.count for stage in self._local]
+        return [stage.clock.count for stage in self._local]
 
     def close(self) -> None:
         """Ends the engine, the links and the local stages. Idempotent."""

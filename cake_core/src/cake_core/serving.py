@@ -74,7 +74,7 @@ class Serving:
             "identity": dict(self.info.identity),
             "fingerprints": self.fingerprints,
             "memory": [asdict(part.memory()) for part in parts],
-            "work": [asdict(stage.count) for stage in self.stages],
+            "work": [asdict(stage.clock.count) for stage in self.stages],
         }
 
     def shutdown(self) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from cake_core.codec import spec_to_fields
+from cake_core.codec import content_id, spec_to_fields
 from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, RewindError, StageError
 from cake_core.link import Link
 from cake_core.model import Batch, Buffer, Memory, Pending, SessionSpec, Tensor, TextStage
 from cake_core.protocol import Message, Type, tensor_fields
-from cake_core.reports import StageClock, StageCount
+from cake_core.reports import StageClock
 
 
 class Stage(Protocol):
@@ -47,11 +46,7 @@ class LocalStage:
         self.runs_ahead = bool(getattr(stage, "runs_ahead", False))
         self._stage = stage
         self._lock = threading.Lock()
-        self._clock = StageClock()
-
-    @property
-    def count(self) -> StageCount:
-        return self._clock.count
+        self.clock = StageClock()
 
     def bound(self) -> LocalStage:
         return self
@@ -66,7 +61,7 @@ class LocalStage:
             with self._lock:
                 self._rewind(batch)
                 pending = self._stage.submit(batch)
-            pending.when_done(lambda _: self._clock.ended(began, batch.positions))
+            pending.when_done(lambda _: self.clock.ended(began, batch.positions))
             return pending
         except CakeError as error:
             return _failed(error)
@@ -280,10 +275,3 @@ class RemoteComponent:
 
     def shutdown(self) -> None:
         """Nothing of ours is on the node once its requests are closed."""
-
-
-def content_id(tensor: Tensor) -> bytes:
-    """Names a tensor by what is in it."""
-    digest = hashlib.blake2b(f"{tensor.dtype}{tensor.shape}".encode(), digest_size=16)
-    digest.update(tensor.data)
-    return digest.digest()
