@@ -47,7 +47,7 @@ CUTS = [cut(*edges, whole=whole) for count in (1, 2, 3) for edges in combination
 class PeerlessCluster(LocalCluster):
     """Workers that cannot reach one another, as behind a firewall."""
 
-    def dial_peer(self, address: Address, timeout: float) -> Channel:
+    def dial_peer(self, name: str, address: Address, timeout: float) -> Channel:
         raise NodeUnreachable(f"nobody answers at {address}")
 
 

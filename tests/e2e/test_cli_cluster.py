@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cake_core.testing.toys import write_toy_checkpoint
 
 pytest.importorskip("cake_transport_tcp", reason="processes meet over TCP")
 
+PATIENCE = 120.0
 Spawn = Callable[..., Any]
 Pick = Callable[[], str]
 RUN = ["cake", "run", "--model", "toy", "--seed", "5", "--max-tokens", "40"]
@@ -29,6 +31,13 @@ def write_topology(folder: Path, **nodes: tuple[str, str]) -> str:
 def start_worker(spawn: Spawn, name: str, address: str, *more: str, model: str = "toy") -> Any:
     arguments = ["--model", model, "--topology", "topology.yml", "--name", name, "--address", address, *more]
     return spawn(["cake", "worker", *arguments])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def answer(process: Any) -> str:
@@ -183,3 +192,26 @@ def test_a_reader_that_leaves_is_no_error(spawn: Spawn) -> None:
     assert run.wait() == 0
     assert "Traceback" not in run.output
     assert "Exception" not in run.output
+
+
+def test_workers_killed_and_started_again_in_mid_answer_change_nothing(
+    spawn: Spawn, free_address: Pick, tmp_path: Path
+) -> None:
+    slow = "slower"
+    write_toy_checkpoint(tmp_path / slow, seconds_per_batch=0.04)
+    nodes = {"left": (free_address(), "model.layers.0-1"), "right": (free_address(), "model.layers.2-3")}
+    topology = write_topology(tmp_path, **nodes)
+    workers = {name: start_worker(spawn, name, address, model=slow) for name, (address, _) in nodes.items()}
+    for worker in workers.values():
+        worker.wait_for("listening on")
+    command = ["cake", "run", "--model", slow, "--seed", "5", "--max-tokens", "24"]
+    alone = spawn(quiet([*command, "hello"]))
+    more = ["--topology", topology, "--route", "chain", "--wait", "40", "--rejoin-timeout", "60"]
+    run, text = spawn(" ".join([*command, *more, "hello"]) + " >text.txt 2>log.txt"), tmp_path / "text.txt"
+    for name, (address, _) in nodes.items():
+        said = text.stat().st_size if text.exists() else 0
+        wait_until(lambda said=said: text.exists() and text.stat().st_size > said)  # it is in the middle of it
+        workers[name].popen.kill()
+        workers[name] = start_worker(spawn, name, address, model=slow)
+    assert run.wait() == 0, (tmp_path / "log.txt").read_text()
+    assert text.read_text() == answer(alone)

@@ -15,7 +15,8 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
         "strangers handshake gate security units",
         "hookspecs builtin plugins resolve models hub bundle split",
-        "connect waiting link reports stage_inputs stages serving weights assignment assigner tenant hops guest worker "
+        "connect backoff waiting link reports stage_inputs stages serving weights assignment assigner tenant hops guest "
+        "worker "
         "chain expectation cluster discovery survey engine nodes replan runtime "
         "gathering",
         "bench",

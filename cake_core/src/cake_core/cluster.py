@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from cake_core.backoff import Backoff
 from cake_core.errors import (
     AuthenticationError,
     CakeError,
@@ -35,9 +35,6 @@ log = logging.getLogger(__name__)
 ATTACH_TIMEOUT = 30.0
 FRESH = 1.0
 """Seconds for which a report is good enough for those who look."""
-FIRST_BACKOFF, LAST_BACKOFF, REFUSED_BACKOFF = 0.1, 5.0, 30.0
-"""Seconds between attempts: doubling from the first to the last, with full jitter; after a refusal that time cannot mend
-(wrong key, wrong model), the long one."""
 PERMANENT = (NodeMismatch, AuthenticationError, ProtocolError, ConfigError, CapacityError)
 """What keeps a node away for good: to wait is of no use."""
 
@@ -125,6 +122,8 @@ class RemoteNode:
         link = self._link
         if link is None:
             raise self._named(self._error or NodeLost(f"{self.name} is not connected"))
+        if not link.up:  # it has fallen a moment ago, and its thread has not told us yet
+            raise self._named(link.reason())
         return link
 
     def wait_known(self, timeout: float) -> None:
@@ -179,25 +178,26 @@ class RemoteNode:
     # The thread
 
     def _keep(self) -> None:
-        backoff = FIRST_BACKOFF
+        backoff = Backoff(self._closed)
         while not self._closed.is_set():
             self._lost.clear()
             try:
                 link = self._connect()
             except CakeError as error:
                 self._set("down" if self._state != "connecting" else "connecting", None, error)
-                refused = isinstance(error, PERMANENT)
-                wait = REFUSED_BACKOFF if refused else backoff * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-                backoff = min(2 * backoff, LAST_BACKOFF)
-                self._closed.wait(wait)
+                backoff.wait(isinstance(error, PERMANENT))
                 continue
-            backoff = FIRST_BACKOFF
+            since = time.monotonic()
             self._set("up", link, None)
             if not link.up:  # it fell before anybody could know it was ours
                 self._fell(link, link.reason())
             self._lost.wait()
             if not self._closed.is_set():
                 log.warning("%s at %s is lost: %s", self.name, self.address, self._error)
+            if time.monotonic() - since > self._timing.heartbeat:
+                backoff = Backoff(self._closed)
+            else:  # or one that stays for moments would be connected to as fast as the network allows
+                backoff.wait()
 
     def _connect(self) -> Link:
         channel = self._dial(min(5.0, self._timing.dead))

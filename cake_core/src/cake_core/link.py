@@ -169,6 +169,9 @@ class Link:
             return
         try:
             self.channel.send(header, buffers, timeout=self._timing.dead)
+        except DeadlineExceeded:
+            self._fall(NodeLost(f"{self.name} has taken nothing for {self._timing.dead:g} s; it is frozen or cut off"))
+            return
         except TransportError as error:
             self._fall(error)
             return

@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Sequence as List
-from typing import Protocol
 
 from cake_core.engine.inputs import batch_of
 from cake_core.engine.pipeline import Pipeline
@@ -19,22 +18,11 @@ from cake_core.engine.results import apply_results
 from cake_core.engine.scheduler import Limits, Scheduler
 from cake_core.engine.sequence import Sequence
 from cake_core.engine.step import Step
+from cake_core.engine.watch import Watch
 from cake_core.errors import CakeError, Cancelled, CapacityError, DeadlineExceeded, NodeError, RewindError, TransportError
 from cake_core.events import PromptProgress
 
 log = logging.getLogger(__name__)
-
-
-class Watch(Protocol):
-    """Whether every node is there; the engine waits up to `rejoin` seconds for one that is not."""
-
-    @property
-    def rejoin(self) -> float: ...
-    @property
-    def draining(self) -> bool:
-        """Whether a node is about to leave and waits for its sessions to end."""
-
-    def missing(self) -> CakeError | None: ...
 
 
 class Loop:
@@ -51,6 +39,7 @@ class Loop:
         self._inbox: queue.SimpleQueue[Post] = queue.SimpleQueue()
         self._in_flight = 0
         self._degraded_since: float | None = None
+        """When the first node was lost since a batch last came through: being there is not enough."""
         self._completed_at = 0.0
         self._thread = threading.Thread(target=self._loop, name="cake-engine", daemon=True)
         self._thread.start()
@@ -191,6 +180,7 @@ class Loop:
         if post.error is not None:
             self._disturbed([step.sequences[i] for i in current], post.error)
         elif post.batch is not None:
+            self._degraded_since = None
             for index, result in apply_results(step.rows, post.batch):
                 sequence = step.sequences[index]
                 if index in current and not sequence.unwanted:
@@ -229,11 +219,12 @@ class Loop:
     def _disturbed(self, sequences: List[Sequence], error: CakeError) -> None:
         """A batch failed: its sequences are computed again if time can mend it, or end."""
         if isinstance(error, NodeError | TransportError) and not isinstance(error, DeadlineExceeded) and self._watch:
-            log.warning("computing %d sequences again: %s", len(sequences), error)
             self._scheduler.forget_prefixes()
-            self._scheduler.requeue(*sequences)
             self._degraded_since = self._degraded_since or time.monotonic()
-            return
+            if not self._expired(time.monotonic()):
+                log.warning("computing %d sequences again: %s", len(sequences), error)
+                self._scheduler.requeue(*sequences)
+                return
         if isinstance(error, RewindError) and self._scheduler.speculator is not None:
             log.warning("no more guesses: %s", error)
             self._scheduler.speculator.off = True
@@ -261,7 +252,8 @@ class Loop:
         """Whether every node is there. While one is missing nothing is launched; after the rejoin time all fails."""
         missing = self._watch.missing() if self._watch else None
         if missing is None:
-            self._degraded_since = None
+            if not self._scheduler.sequences():
+                self._degraded_since = None
             return True
         now = time.monotonic()
         if self._degraded_since is None:

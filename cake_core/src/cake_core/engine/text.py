@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cake_core.chain import Router
 from cake_core.detokenize import Detokenizer
 from cake_core.engine.ledger import Ledger
-from cake_core.engine.loop import Loop, Watch
+from cake_core.engine.loop import Loop
 from cake_core.engine.pipeline import Pipeline
 from cake_core.engine.posts import Cancel, Submit, Wake
 from cake_core.engine.scheduler import Limits, Scheduler
@@ -17,6 +17,7 @@ from cake_core.engine.sequence import Sequence, Sink
 from cake_core.engine.speculation import Tally
 from cake_core.engine.speculator import Speculator
 from cake_core.engine.stream import events_of
+from cake_core.engine.watch import Watch
 from cake_core.errors import Cancelled, CapacityError, ContextLengthError, QueueFullError
 from cake_core.events import TextEvent
 from cake_core.model import ModelInfo, Tokenizer

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -92,7 +93,7 @@ class LocalCluster:
     def start(self, name: str, checkpoint: Checkpoint | None = None, options: LoadOptions | None = None) -> Worker:
         """Starts (again) the worker `name`, at the same address as before."""
         spec = WorkerSpec(checkpoint or self.checkpoint, self.topology, name, options or self.options)
-        worker = Worker(self.plugins, spec, self.timing, self.dial_peer)
+        worker = Worker(self.plugins, spec, self.timing, partial(self.dial_peer, name))
         worker.load()
         listener = self._listeners.pop(name, None) or self._listen_again(name)
         self.workers[name] = worker
@@ -108,8 +109,8 @@ class LocalCluster:
     def dial(self, address: Address, timeout: float) -> Channel:
         return self.transport.dial(address, None, timeout)
 
-    def dial_peer(self, address: Address, timeout: float) -> Channel:
-        """How a worker reaches the next one of a chain."""
+    def dial_peer(self, name: str, address: Address, timeout: float) -> Channel:
+        """How the worker `name` reaches the next one of a chain."""
         return self.transport.dial(address, None, timeout)
 
     def spec(self, **changes: Any) -> RunSpec:
