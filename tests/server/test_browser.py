@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,30 @@ def test_an_answer_streams_and_can_be_edited_and_made_again(page: Any, start: An
     assert page.inner_text(".message.user .content") == "another question"
     assert page.locator(".message").count() == 2
     assert "hello" in page.inner_text("#conversations")
+
+
+def test_a_first_visit_offers_something_to_ask(page: Any, start: Any, scripted: Any) -> None:
+    """And while it is answered says how fast; the ribbon under the header leads to the cluster."""
+
+    def script() -> Iterator[Any]:
+        yield PromptDone(Usage(1))
+        for index in range(100):
+            time.sleep(0.05)
+            yield TokenEvent(65, f"word {index} ")
+
+    runtime, engine = scripted(script=script())
+    page.goto(start(runtime).url)
+    page.wait_for_selector("#health.ok")
+    assert "anything" in page.inner_text(".welcome h1")
+    page.click(".idea >> nth=0")
+    page.wait_for_selector("text=tokens a second")
+    assert page.inner_text(".message.user .content") == "Why is the sky blue?"
+    page.click("#stop")
+    page.wait_for_selector("#send:visible")
+    assert engine.cancelled.wait(10)
+    assert page.locator("#ribbon span").count() == page.locator("#strip > div").count() > 0
+    page.click("#ribbon")
+    assert page.is_visible("#nodes")
 
 
 def test_stop_ends_the_answer_on_both_sides(page: Any, start: Any, scripted: Any) -> None:

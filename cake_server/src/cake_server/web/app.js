@@ -69,6 +69,7 @@ function tabs() {
       shown[(shown.indexOf(button) + step + shown.length) % shown.length].focus();
     });
   }
+  $("ribbon").addEventListener("click", () => choose("cluster"));
 }
 
 settings();

@@ -4,6 +4,7 @@ import { ApiError, events, post } from "./api.js";
 import { $, el, number } from "./dom.js";
 import { render } from "./markdown.js";
 import * as store from "./store.js";
+import { welcome } from "./welcome.js";
 
 let conversation = fresh();
 let abort = null;
@@ -14,7 +15,9 @@ function fresh() {
 }
 
 export function start(name, context) {
+  const known = model.name === name;
   model = { name, context };
+  if (!known && !conversation.messages.length) draw();
 }
 
 export async function setup() {
@@ -132,7 +135,11 @@ async function read(response, message, view, began) {
 function take(chunk, message, began) {
   for (const { delta } of chunk.choices) {
     const thought = delta.reasoning_content ?? "";
-    if (delta.content || thought) message.first ??= performance.now() - began;
+    if (!delta.content && !thought) continue;
+    const now = performance.now() - began;
+    message.first ??= now;
+    message.pieces = (message.pieces ?? 0) + 1;
+    message.rate = (1000 * (message.pieces - 1)) / (now - message.first);
     message.content += delta.content ?? "";
     message.reasoning += thought;
   }
@@ -149,7 +156,7 @@ function busy(is) {
 
 function draw() {
   if (!conversation.messages.length) {
-    $("messages").replaceChildren(el("p", { className: "muted" }, "A new conversation. What you write stays in this browser."));
+    $("messages").replaceChildren(welcome(model.name, send));
     $("context").hidden = true;
     return;
   }
@@ -191,12 +198,14 @@ function thoughts(message, streaming) {
   return details;
 }
 
-function stats({ first, timings }) {
+function stats({ first, timings, rate }) {
   const parts = [];
   if (first) parts.push(`first token ${first < 1000 ? `${Math.round(first)} ms` : `${(first / 1000).toFixed(1)} s`}`);
   if (timings) {
     parts.push(`${timings.predicted_n} tokens`, `${timings.predicted_per_second.toFixed(1)} tokens/s`);
     if (timings.cache_n) parts.push(`${timings.cache_n} from the cache`);
+  } else if (Number.isFinite(rate)) {
+    parts.push(`about ${rate.toFixed(1)} tokens a second`);
   }
   return parts.join(" · ");
 }

@@ -45,9 +45,20 @@ function draw(cluster) {
     return piece;
   });
   $("strip").replaceChildren(...pieces);
+  ribbon(pieces);
   $("nodes").replaceChildren(...cluster.nodes.map((node) => card(cluster, node)), ...loading(cluster));
   const entries = Object.entries(cluster.engine).concat([["requests", cluster.requests]]);
   $("engine").replaceChildren(...entries.flatMap(([name, value]) => [el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, value)]));
+}
+
+// The strip once more, thin, under the header of every view.
+function ribbon(pieces) {
+  const bands = pieces.map((piece) => {
+    const band = el("span", { className: piece.className, title: piece.title });
+    band.style.flexGrow = piece.style.flexGrow;
+    return band;
+  });
+  $("ribbon").replaceChildren(...bands);
 }
 
 function card(cluster, node) {
