@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import ConfigError
 from cake_core.model import BACKEND_API, DTYPE_SIZES, Layer, LoadOptions, ModelInfo, Progress, TextStage, Tokenizer
+from cake_core.profiles import DeviceProfile
 from cake_llama.config import FAMILIES, KV_BLOCK, ModelConfig, architecture_of
 from cake_llama.hf_quant import Stored, scheme_of
 from cake_llama.names import EMBED, HEAD, layer_tensors
@@ -78,6 +79,12 @@ class LlamaBackend:
         from cake_llama.tokenizer import load_tokenizer
 
         return load_tokenizer(checkpoint)
+
+    def profile(self, options: LoadOptions) -> DeviceProfile:
+        """The device of `options` as the planner needs it, measured with real stages in about three seconds."""
+        from cake_llama.profile import profile
+
+        return profile(options)
 
     def probe(self, options: LoadOptions) -> Mapping[str, float]:
         """`memory_bandwidth` (bytes/s) and `matmul` (operations/s) of the device, measured in about two seconds."""

@@ -17,6 +17,18 @@ def available_bytes(device: torch.device) -> int:
     return _host_bytes()
 
 
+def total_bytes(device: torch.device) -> int:
+    """Bytes a device has; 0 where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    if device.type == "xpu":
+        return int(torch.xpu.mem_get_info(device)[1])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows
+        return 0
+
+
 def _host_bytes() -> int:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 PREFIX = "random:"
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def llama_shape(
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
+    """The configuration of a Llama of this shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": hidden,
@@ -40,12 +43,12 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, voca
 
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "tiny": _llama(256, 512, 4, 8, 4, 512, max_position_embeddings=2048, torch_dtype="float32"),
-    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True, rope_theta=100000.0),
-    "llama-3.2-1b": _llama(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True, head_dim=64),
-    "llama-3.2-3b": _llama(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True, head_dim=128),
-    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
-    "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
+    "tiny": llama_shape(256, 512, 4, 8, 4, 512, max_position_embeddings=2048, torch_dtype="float32"),
+    "smollm2-135m": llama_shape(576, 1536, 30, 9, 3, 49152, tie_word_embeddings=True, rope_theta=100000.0),
+    "llama-3.2-1b": llama_shape(2048, 8192, 16, 32, 8, 128256, tie_word_embeddings=True, head_dim=64),
+    "llama-3.2-3b": llama_shape(3072, 8192, 28, 24, 8, 128256, tie_word_embeddings=True, head_dim=128),
+    "llama-3-8b": llama_shape(4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b": llama_shape(8192, 28672, 80, 64, 8, 128256),
 }
 """Configurations by name, as their models' repositories have them."""
 
@@ -70,6 +73,9 @@ class RandomCheckpoint(Checkpoint):
     def tensors(self) -> Mapping[str, TensorInfo]:
         shapes = tensor_shapes(self.config)
         return {name: TensorInfo(name, "BF16", shape, self.path, 0, 2 * math.prod(shape)) for name, shape in shapes.items()}
+
+    def source(self, device: torch.device) -> RandomWeights:
+        return RandomWeights(self, device)
 
     def fingerprint(self, names: Any) -> str:
         """Equal names have equal values: the seed is part of the name."""

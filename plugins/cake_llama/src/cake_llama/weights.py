@@ -12,7 +12,7 @@ from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_llama.hf_quant import scheme_of
 from cake_llama.packed import PLAIN, Packed, stored
-from cake_llama.random_model import RandomCheckpoint, RandomWeights
+from cake_llama.random_model import RandomCheckpoint
 from cake_llama.wire import bytes_of
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class WeightSource(Protocol):
 def weight_source(checkpoint: Checkpoint, device: torch.device = CPU) -> WeightSource:
     """`device` matters to random weights alone, which are made where they will be."""
     if isinstance(checkpoint, RandomCheckpoint):
-        return RandomWeights(checkpoint, device)
+        return checkpoint.source(device)
     if checkpoint.format == "gguf":
         from cake_llama.gguf_weights import GgufWeights
 
