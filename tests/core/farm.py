@@ -50,7 +50,7 @@ class Farm:
     def start(self, name: str, home: str = "", memory: int = 1 << 30) -> Worker:
         means = Means(Store(self.folder / (home or name)))
         worker = Worker(self.plugins, BareSpec(name, means), FAST, self.dial)
-        worker.profile = lambda: NodeProfile(name, (DeviceProfile("cpu", memory, 1e10),))
+        worker.profile = lambda _backend: NodeProfile(name, (DeviceProfile("cpu", memory, 1e10),))
         listener = self.transport.listen(Address(name, 0, "memory"), None)
         thread = threading.Thread(target=worker.serve, args=(OpenGate(listener),), daemon=True)
         thread.start()

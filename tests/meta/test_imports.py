@@ -17,7 +17,7 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "hookspecs builtin plugins resolve models hub bundle split",
         "connect backoff waiting link reports stage_inputs stages serving weights assignment assigner tenant hops guest "
         "worker "
-        "chain expectation cluster discovery survey engine nodes replan runtime "
+        "chain expectation cluster discovery probing survey engine nodes replan runtime "
         "gathering",
         "bench",
         "cli __main__",

@@ -50,9 +50,11 @@ class Wishes:
 
 
 class Search:
-    """Looks for workers in threads that start at once, so that other things can be done meanwhile."""
+    """Looks for workers in threads that start at once, so that other things can be done meanwhile. `backend`: whose models
+    they are to measure themselves for."""
 
-    def __init__(self, connector: Connector, wishes: Wishes, topology: Topology) -> None:
+    def __init__(self, connector: Connector, wishes: Wishes, topology: Topology, backend: str = "") -> None:
+        self._backend = backend
         self._connector = connector
         self._wishes = wishes
         self._topology = topology
@@ -93,7 +95,7 @@ class Search:
         """Surveys a worker at the first address that answers, or, without any, one that joined."""
         try:
             if not addresses:
-                return _named(survey(self._connector.joined(name, DIAL), None), name)
+                return _named(survey(self._connector.joined(name, DIAL), None, backend=self._backend), name)
             worker = self._dialled(addresses)
             return _named(worker, name) if name else worker
         except CakeError as error:
@@ -103,10 +105,10 @@ class Search:
     def _dialled(self, addresses: Sequence[Address]) -> Surveyed:
         for address in addresses[:-1]:
             try:
-                return survey(self._connector.dial(address, DIAL), address)
+                return survey(self._connector.dial(address, DIAL), address, backend=self._backend)
             except CakeError as error:
                 log.info("%s", error)
-        return survey(self._connector.dial(addresses[-1], DIAL), addresses[-1])
+        return survey(self._connector.dial(addresses[-1], DIAL), addresses[-1], backend=self._backend)
 
 
 def _named(worker: Surveyed, name: str) -> Surveyed:

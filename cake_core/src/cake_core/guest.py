@@ -41,7 +41,7 @@ class Host(Protocol):
         """What is loaded now."""
 
     bare: bool
-    profile: Callable[[], NodeProfile] | None
+    profile: Callable[[str], NodeProfile] | None
 
     def report(self) -> dict[str, Any]: ...
 
@@ -133,9 +133,7 @@ class Guest:
                 self._forward_to = self._worker.claim(message.fields["ticket"], link)
                 link.answer(message, Type.READY, {})
             case Type.PROFILE:
-                if self._worker.profile is None:
-                    raise StageError(f"{self._worker.name} has not been measured")
-                link.answer(message, Type.PROFILED, {"profile": self._worker.profile().as_fields()})
+                link.answer(message, Type.PROFILED, {"profile": self._profile(message).as_fields()})
             case Type.PROBE:
                 link.answer(message, Type.PROBED, {})
             case Type.ASSIGN | Type.LEND | Type.FETCH | Type.HOLDS:
@@ -167,6 +165,12 @@ class Guest:
         if self._serving is None:
             raise StageError("attach first")
         return self._serving
+
+    def _profile(self, message: Message) -> NodeProfile:
+        """What this machine was measured to do for models of the backend that the master names, or for any."""
+        if self._worker.profile is None:
+            raise StageError(f"{self._worker.name} has not been measured")
+        return self._worker.profile(str(message.fields.get("backend", "")))
 
     def _stage(self, message: Message) -> LocalStage:
         stages = self._held().stages

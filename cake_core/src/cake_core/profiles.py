@@ -17,10 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from cake_core.errors import ConfigError
 from cake_core.topology import MASTER
+
+if TYPE_CHECKING:
+    from cake_core.model import LoadOptions
 
 Fields = Mapping[str, Any]
 
@@ -224,6 +227,21 @@ class ClusterProfile:
         nodes = _list(fields, "nodes", where, MOST_NODES)
         master = NodeProfile.from_fields(fields.get("master") or {}, f"{where}, master")
         return cls(master, tuple(NodeProfile.from_fields(entry, f"{where}, node {i}") for i, entry in enumerate(nodes)), links)
+
+
+@runtime_checkable
+class Profiler(Protocol):
+    """What a backend may offer beside its contract: it knows how fast a device runs its stages."""
+
+    name: str
+
+    def profile(self, options: LoadOptions, known: DeviceProfile | None = None) -> DeviceProfile:
+        """The device of `options` (`device`, `threads`), measured within seconds and without a checkpoint.
+
+        Measure what a stage really does: hidden states from the host and back, weights at the widths the device has a way of
+        its own for. `known` is what an earlier call gave for this device: then nothing is measured and only the free memory is
+        looked up. Raises ConfigError for a device that is not there.
+        """
 
 
 def _check(true: bool, otherwise: str) -> None:

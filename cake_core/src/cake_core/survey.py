@@ -52,14 +52,17 @@ class Surveyed:
         return tuple(str(name) for name in held) if isinstance(held, list) else ()
 
 
-def survey(channel: Channel, address: Address | None, timing: LinkTiming | None = None) -> Surveyed:
-    """Asks and measures over a channel of its own, which it ends. Raises NodeError or TransportError."""
+def survey(channel: Channel, address: Address | None, timing: LinkTiming | None = None, backend: str = "") -> Surveyed:
+    """Asks and measures over a channel of its own, which it ends. `backend`: whose models the worker is to measure itself for.
+
+    Raises NodeError or TransportError.
+    """
     link = Link(channel, f"worker at {channel.peer}", _refuse, _ended, timing)
     link.start()
     try:
         report = _ask(link, Type.STATUS, {}, ANSWER).fields["report"]
         way = LinkProfile(_round_trip(link), _rate(link))
-        return Surveyed(str(report.get("name", ""))[:100], address, way, report, _profile(link))
+        return Surveyed(str(report.get("name", ""))[:100], address, way, report, _profile(link, backend))
     finally:
         link.close()
         link.join()
@@ -72,9 +75,9 @@ def _ask(link: Link, kind: Type, fields: Mapping[str, Any], timeout: float, body
         raise NodeUnreachable(f"{link.name} does not answer {kind.name}; restart it") from None
 
 
-def _profile(link: Link) -> NodeProfile | None:
+def _profile(link: Link, backend: str) -> NodeProfile | None:
     try:
-        fields = _ask(link, Type.PROFILE, {}, MEASURE).fields["profile"]
+        fields = _ask(link, Type.PROFILE, {"backend": backend}, MEASURE).fields["profile"]
         return NodeProfile.from_fields(fields, f"the profile of {link.name}")
     except (ConfigError, NodeError) as error:
         log.warning("%s", error)

@@ -78,7 +78,7 @@ class Worker:
         self._tenant = Tenant(plugins, spec.name, spec.means, timing, dial) if isinstance(spec, BareSpec) else None
         self.bare = self._tenant is not None
         """Whether it brought no layers."""
-        self.profile: Callable[[], NodeProfile] | None = None
+        self.profile: Callable[[str], NodeProfile] | None = None
         """What was measured of this machine, for masters that ask."""
         self._timing = timing
         self._dial = dial

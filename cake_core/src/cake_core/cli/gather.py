@@ -27,19 +27,19 @@ def gathered_topology(
     wishes = wishes_of(flags, topology)
     if wishes is None:
         return Gathered(topology)
-    from cake_core.cli.machine import measured
+    from cake_core.cli.machine import prober
     from cake_core.gathering import Search, gather, usable
     from cake_core.topology import MASTER
 
-    search = Search(connector, wishes, topology)
-    options = flags.load_options()
-    info = plugins.backend_for(checkpoint, flags.kind).describe(checkpoint, options)
+    backend, options = plugins.backend_for(checkpoint, flags.kind), flags.load_options()
+    search = Search(connector, wishes, topology, backend.name)
+    info = backend.describe(checkpoint, options)
     workers = usable(search.everybody(note), note)
     if not workers:
         return Gathered(topology)
     for worker in workers:
         note(f"found {describe(worker)}")
-    gathered = gather(info, topology, measured(MASTER), workers, wishes, options)
+    gathered = gather(info, topology, prober(plugins, options).node(MASTER, backend.name), workers, wishes, options)
     for name, why in gathered.left_out.items():
         note(f"{name} is not used: {why}")
     for line in gathered.advice:

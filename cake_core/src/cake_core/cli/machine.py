@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cake_core.profiles import NodeProfile
+    from cake_core.model import LoadOptions
+    from cake_core.plugins import Plugins
+    from cake_core.probing import Prober
+    from cake_core.profiles import DeviceProfile
 
 INTERESTING = (
     "torch",
@@ -174,14 +177,21 @@ def _sysctl_memory() -> int | None:
         return None
 
 
-def measured(name: str) -> NodeProfile:
+def prober(plugins: Plugins, options: LoadOptions) -> Prober:
+    """Measures this machine, and keeps what it found in the cache folder."""
+    from cake_core.config import load_options
+    from cake_core.probing import Prober
+
+    return Prober(plugins, options, load_options().cache_dir, plain_device)
+
+
+def plain_device() -> DeviceProfile:
     """What is known of this machine without a model: its free memory, and how fast memory is read."""
-    from cake_core.profiles import DeviceProfile, NodeProfile
+    from cake_core.profiles import DeviceProfile
 
     free, total = memory()
     known = free if free is not None else int((total or 4 << 30) * 0.7)
-    device = DeviceProfile("cpu", known, _bandwidth(), memory_total=total or 0, model=cpu_name()[:200])
-    return NodeProfile(name, (device,), time.time())
+    return DeviceProfile("cpu", known, _bandwidth(), memory_total=total or 0, model=cpu_name()[:200])
 
 
 @functools.cache

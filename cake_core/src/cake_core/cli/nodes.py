@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def nodes(flags: ModelFlags, as_json: bool) -> None:
     """List this machine and the workers that are found or join: devices, memory, speeds, links, what they do now."""
     from cake_core.cli.gather import addresses
-    from cake_core.cli.machine import measured
+    from cake_core.cli.machine import prober
     from cake_core.gathering import Search, Wishes
     from cake_core.topology import MASTER, Topology
 
@@ -35,7 +35,7 @@ def nodes(flags: ModelFlags, as_json: bool) -> None:
     if where is None and joining:
         found += Search(connector, Wishes(), empty).everybody(note)
     connector.close()
-    own = measured(MASTER)
+    own = prober(plugins, flags.load_options()).node(MASTER)
     if as_json:
         show_json([{"name": MASTER, "state": "this machine", "devices": own.as_fields()["devices"]}, *map(_fields, found)])
         return

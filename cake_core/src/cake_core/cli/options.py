@@ -135,7 +135,7 @@ class ModelFlags:
     ) -> RunSpec:
         """Everything `open_text` and `open_image` want; workers without layers are looked for and given some."""
         from cake_core.cli.gather import gathered_topology
-        from cake_core.cli.machine import measured
+        from cake_core.cli.machine import prober
         from cake_core.runtime import RunSpec
         from cake_core.topology import MASTER
 
@@ -156,7 +156,7 @@ class ModelFlags:
             route=cast("Way", self.route),
             on_loss=self.on_loss,
             spares=gathered.spares,
-            profile=lambda: measured(MASTER),
+            profile=lambda: prober(plugins, options).node(MASTER),
             progress=progress,
         )
 

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     Alone, it waits for a master to assign layers, and fetches their weights from it. With --topology, or with a folder made by
     `cake split-model` as --model, it loads its own.
     """
+    from cake_core.cli.machine import prober
     from cake_core.connect import Connector
     from cake_core.worker import Worker
 
@@ -62,6 +64,7 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     else:
         door.check()
         load(served)
+    served.profile = partial(prober(plugins, flags.load_options()).node, served.name)
     stop = Stop()
     door.open(served, stop, announced=bare and not given["no_announce"])
     stop.wait()
@@ -110,9 +113,6 @@ class Door:
             self._plugins.transport(self._address.scheme).listen(self._address, None).close()
 
     def open(self, served: Worker, stop: Stop, announced: bool) -> None:
-        from cake_core.cli.machine import measured
-
-        served.profile = lambda: measured(served.name)
         if self._join is not None:
             dialling = (served, self._plugins, self._keyring, self._join, stop)
             threading.Thread(target=keep_joined, args=dialling, daemon=True).start()

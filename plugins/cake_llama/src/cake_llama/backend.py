@@ -80,11 +80,11 @@ class LlamaBackend:
 
         return load_tokenizer(checkpoint)
 
-    def profile(self, options: LoadOptions) -> DeviceProfile:
-        """The device of `options` as the planner needs it, measured with real stages in about three seconds."""
+    def profile(self, options: LoadOptions, known: DeviceProfile | None = None) -> DeviceProfile:
+        """The device of `options` as the planner needs it, measured with real stages in a few seconds."""
         from cake_llama.profile import profile
 
-        return profile(options)
+        return profile(options, known)
 
     def probe(self, options: LoadOptions) -> Mapping[str, float]:
         """`memory_bandwidth` (bytes/s) and `matmul` (operations/s) of the device, measured in about two seconds."""

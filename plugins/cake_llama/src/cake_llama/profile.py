@@ -19,10 +19,10 @@ from cake_core.model import Batch, LoadOptions, Row, SessionSpec, Tensor, TextSt
 from cake_core.profiles import DeviceProfile
 from cake_core.requests import SamplingParams
 from cake_llama.cpu.loader import has_kernels
-from cake_llama.cpu.quantize import quantized
 from cake_llama.loading import choose_device, choose_dtypes
 from cake_llama.memory import available_bytes, total_bytes
-from cake_llama.packed import Packed, stored
+from cake_llama.narrow import quantized
+from cake_llama.packed import Blocks, Groups, Packed, stored
 from cake_llama.random_model import RandomCheckpoint, RandomWeights, llama_shape
 from cake_llama.wire import FROM_TORCH
 
@@ -36,7 +36,7 @@ class Size:
     layers: int
     heads: int
     kv_heads: int
-    chunk: int = 256
+    chunk: int = 128
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,7 +47,10 @@ TINY = Size(128, 128, 24, 2, 1)
 REAL = {"cpu": Size(1024, 4096, 6, 8, 2), "cuda": Size(4096, 14336, 4, 32, 8, 1024)}
 SECONDS = 0.25
 """How long one figure is measured."""
-WARM_UP, LEAST = 3, 5
+LEAST = 3
+ROWS = 256
+"""Rows that are narrowed, and repeated to make a matrix."""
+KINDS = {"bf16": "BF16", "int8": "Q8_0", "int4": "G4"}
 
 
 class ProfileCheckpoint(RandomCheckpoint):
@@ -74,13 +77,17 @@ class CopiedWeights(RandomWeights):
             return super().load(name, dtype)
         return self._pool(shape[1], dtype)[: shape[0]].clone()
 
+    def kind(self, name: str) -> str:
+        return KINDS[self._kind] if len(self.shape(name)) == 2 else super().kind(name)
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Packed:
         count, wide = self.shape(name)
         stop = count if stop is None else stop
         if self._kind == "bf16":
             return stored(self._pool(wide, torch.bfloat16)[start:stop].clone())
         if wide not in self._narrow:
-            self._narrow[wide] = quantized(self._pool(wide, torch.float32), self._kind)
+            high = max(shape[0] for shape in map(self.shape, self.names()) if len(shape) == 2 and shape[1] == wide)
+            self._narrow[wide] = _repeated(quantized(self._pool(wide, torch.float32)[:ROWS], self._kind), -(-high // ROWS))
         return self._narrow[wide].rows(start, stop)
 
     def _pool(self, wide: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,9 +99,22 @@ class CopiedWeights(RandomWeights):
         return self._pools[wide, dtype]
 
 
-def profile(options: LoadOptions) -> DeviceProfile:
-    """The device of `options`, measured in a few seconds with its threads."""
+def _repeated(rows: Packed, times: int) -> Packed:
+    """Narrowing is slow, and what the numbers are does not matter."""
+    match rows:
+        case Blocks(kind, (high, wide), data):
+            return Blocks(kind, (high * times, wide), data.repeat(times, 1))
+        case Groups():
+            codes, scales, zeros = (part.repeat(times, 1) for part in (rows.codes, rows.scales, rows.zeros))
+            return replace(rows, codes=codes, scales=scales, zeros=zeros)
+    raise TypeError(f"no narrow weights of {type(rows).__name__}")
+
+
+def profile(options: LoadOptions, known: DeviceProfile | None) -> DeviceProfile:
+    """The device of `options`, measured in a few seconds with its threads; of a known one the free memory only."""
     device = choose_device(options.device)
+    if known is not None and known.device == str(device):
+        return replace(known, memory_free=available_bytes(device))
     size = REAL.get(device.type, REAL["cpu"])
     overhead, layer_overhead = _overheads(device, options)
     rates, flops = {}, {}
@@ -174,8 +194,8 @@ def _steps(stage: TextStage, hidden: int, positions: int) -> Iterator[float]:
 
 def _median(steps: Iterator[float]) -> float:
     """Of as many as go into the time, after some to warm up."""
-    for _ in range(WARM_UP):
-        next(steps)
+    next(steps)
+    next(steps)
     taken: list[float] = []
     until = time.perf_counter() + SECONDS
     while len(taken) < LEAST or time.perf_counter() < until:
