@@ -14,6 +14,49 @@ SEGMENT = 1448
 Timed = queue.SimpleQueue[tuple[float, bytes]]
 
 
+class Wire:
+    """What all connections of a relay share in one direction: `rate` bytes a second. `total` counts them."""
+
+    def __init__(self, rate: float) -> None:
+        self.total = 0
+        self._rate = rate
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def carry(self, nbytes: int) -> None:
+        """Returns when the bytes have gone out."""
+        with self._lock:
+            self.total += nbytes
+            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._rate
+            due = self._free_at
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+def relay_shaped(port: int, rate: float) -> tuple[int, Wire, Wire]:
+    """A port that leads to `port` over a wire of `rate` bytes a second each way; the wires there and back."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    out, back = Wire(rate), Wire(rate)
+
+    def carry(source: socket.socket, target: socket.socket, wire: Wire) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                wire.carry(len(data))
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        while True:
+            here, _ = listener.accept()
+            there = socket.create_connection(("127.0.0.1", port))
+            for source, target, wire in ((here, there, out), (there, here, back)):
+                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                start(lambda s=source, t=target, w=wire: carry(s, t, w))  # type: ignore[misc]
+
+    start(accept)
+    return int(listener.getsockname()[1]), out, back
+
+
 def relay_tcp(port: int, delay: float, loss: float) -> int:
     """A port that leads to `port`. A lost segment costs the stream one more round trip."""
     listener = socket.create_server(("127.0.0.1", 0))

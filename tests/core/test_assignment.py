@@ -142,6 +142,7 @@ class NoWeights:
 
     def __init__(self, real: Any) -> None:
         self._real = real
+        self.packer = real.packer
 
     def holds(self, names: list[str]) -> list[str]:
         return []

@@ -23,6 +23,7 @@ from cake_core.resolve import open_path
 from cake_core.testing.toy_gguf import write_toy_gguf
 from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
 from cake_core.weights.manifest import PIECE, FileSpec, is_safe_path, piece_digest
+from cake_core.weights.packing import Packer, unpack
 from cake_core.weights.store import Store
 from cake_core.weights.supply import ImageSupply
 from cake_core.weights.transfer import IN_FLIGHT, Transfer
@@ -374,3 +375,30 @@ def test_the_cache_is_shown_pruned_and_cleared(tmp_path: Path, monkeypatch: pyte
     assert "freed 0 B" in run("prune", "--max-size", "2MB")
     assert "freed 1.0 MB" in run("clear")
     assert CliRunner().invoke(cli, ["cache", "prune", "--max-size", "much"]).exit_code == 2
+
+
+def test_pieces_are_packed_only_where_that_pays() -> None:
+    pytest.importorskip("zstandard", reason="packing needs zstandard")
+    packer = Packer()
+    loose, tight = bytes(PIECE), blob("tight", PIECE)
+    packed = packer.pack("loose", loose)
+    assert packed is not None
+    assert len(packed) < 1000
+    assert unpack(memoryview(packed)) == loose
+    assert packer.pack("tight", tight) is None
+    assert packer.pack("tight", loose) is None, "a file that did not shrink is not tried again"
+
+
+def test_packed_pieces_that_are_none_are_refused() -> None:
+    zstandard = pytest.importorskip("zstandard", reason="packing needs zstandard")
+    bomb = zstandard.ZstdCompressor().compress(bytes(64 * PIECE))
+    for data in (b"", b"no frame", bomb, bomb[: len(bomb) // 2], zstandard.ZstdCompressor().compress(b"x" * 99)[:-3]):
+        with pytest.raises(CheckpointError, match="piece"):
+            unpack(memoryview(data))
+
+
+def test_a_packed_piece_that_nobody_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cake_core.weights.packing.zstd", lambda: None)
+    with pytest.raises(CheckpointError, match="nobody asked"):
+        unpack(memoryview(b"anything"))
+    assert Packer().pack("file", bytes(PIECE)) is None

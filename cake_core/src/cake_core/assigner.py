@@ -23,6 +23,8 @@ LENT = 2
 """Links beside the first over which weights travel."""
 ANSWER_TIMEOUT = 30.0
 DIAL_TIMEOUT = 5.0
+PATIENCE = 0.2
+"""Seconds before further links are lent."""
 
 Report = Callable[[str, int, int], None]
 """`report(what, done, total)` in bytes; `what` is `fetching` or `loading`."""
@@ -110,6 +112,8 @@ class NodeAssigner:
             link.answer_error(message, error)
 
     def _lend(self, ticket: int, lent: list[Link]) -> None:
+        if self._loaded.wait(PATIENCE):
+            return  # there was next to nothing to fetch
         for number in range(LENT if self._dial is not None else 0):
             if self._loaded.is_set() or self._dial is None:
                 return

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from cake_core.assignment import Assignment
@@ -57,6 +56,24 @@ class Job:
         self.links: list[Link] = []
         self.tickets: set[int] = set()
         self.last = 0.0
+        self._peers: list[Link] | None = []
+        self._lock = threading.Lock()
+
+    def keep(self, link: Link) -> bool:
+        """Takes a link to another worker, to be closed with the transfer; closes it at once, and says so, when that is over."""
+        with self._lock:
+            if self._peers is not None:
+                self._peers.append(link)
+                return True
+        link.close()
+        return False
+
+    def end(self) -> None:
+        """The transfer is over."""
+        with self._lock:
+            peers, self._peers = self._peers or [], None
+        for link in peers:
+            link.close()
 
     def tell(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -77,6 +94,7 @@ class Tenant:
         self.means = means
         self._plugins = plugins
         self._node = node
+        self._supply = StoreSupply(means.store)
         self._timing = timing
         self._dial = dial
         self._held: Assignment | None = None
@@ -93,7 +111,7 @@ class Tenant:
         elif message.type is Type.LEND:
             self.lend(message.fields["ticket"], link)
         else:
-            serve_weights(StoreSupply(self.means.store), link, message)
+            serve_weights(self._supply, link, message)
 
     def _assign(self, link: Link, message: Message, others: list[str]) -> None:
         """Answers an ASSIGN, and carries it out in a thread of its own.
@@ -182,9 +200,11 @@ class Tenant:
             return
         views.announce(asked.files, asked.model, asked.layers)
         self.means.say(f"{asked.master} assigns {asked.layers} of {asked.model}")
-        with ExitStack() as peers:
-            threading.Thread(target=self._meet, args=(job, peers), name="cake-peers", daemon=True).start()
+        threading.Thread(target=self._meet, args=(job,), name="cake-peers", daemon=True).start()
+        try:
             job.transfer.run()
+        finally:
+            job.end()
         folder = views.lay_out(asked.files)
         while self._retired:
             self._retired.pop().shutdown()
@@ -198,7 +218,7 @@ class Tenant:
         if self.means.cache_size is not None:
             views.prune(self.means.cache_size, keep=(folder.name,))
 
-    def _meet(self, job: Job, peers: ExitStack) -> None:
+    def _meet(self, job: Job) -> None:
         """Asks other workers which of the files they have; those that do not answer are no loss."""
         dial = self._dial
         if dial is None:
@@ -208,7 +228,8 @@ class Tenant:
             try:
                 link = Link(dial(address, PEER_TIMEOUT), f"worker at {address}", _refuse, _ignore, self._timing)
                 link.start()
-                peers.callback(link.close)
+                if not job.keep(link):
+                    return
                 answer, _ = link.ask(Type.HOLDS, {"files": names}).result(PEER_TIMEOUT)
                 if held := set(names) & set(answer.fields["files"]):
                     job.transfer.add(LinkSource(link, held))
