@@ -75,6 +75,28 @@ def test_graph_equals_eager(name: str, rows: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_narrow_weights_in_graphs(quantize: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on narrow weights against the same weights with PyTorch alone; at one row activations have 8 bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    checkpoint = checkpoint_of("llama")
+    prompts = [[(7 * i + 3 * r) % 500 for i in range(20 + 9 * r)] for r in range(rows)]
+    forced = [[(11 * i + r) % 500 for i in range(20)] for r in range(rows)]
+    options = LoadOptions(dtype="f32", device="cuda", kv_tokens=4096, quantize=quantize)
+    found = []
+    for triton in (True, False):
+        monkeypatch.setattr("cake_llama.loading._has_triton", lambda: triton)  # noqa: B023 - used at once
+        stage = stage_of(checkpoint, options)
+        assert (type(stage).__name__ == "CudaStage") == triton
+        found.append(torch.tensor(decode(stage, prompts, forced)))
+        stage.shutdown()
+    error = (found[0] - found[1]).square().mean().sqrt() / found[1].std()
+    assert error < (0.03 if rows == 1 else 1e-3), f"{error:.2e}"
+
+
+@pytest.mark.gpu
 def test_hidden_states_of_a_middle_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

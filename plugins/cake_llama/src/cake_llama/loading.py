@@ -20,9 +20,11 @@ from cake_llama.memory import available_bytes
 from cake_llama.model import Dtypes, Loader, Parts
 from cake_llama.names import EMBED, HEAD, NORM, layer_weights
 from cake_llama.narrow import NarrowedWeights
+from cake_llama.narrow_loader import NarrowLoader
+from cake_llama.packed import PLAIN
 from cake_llama.rotary import Rotary
 from cake_llama.stage import LlamaStage, StageSpec
-from cake_llama.weights import TORCH_DTYPES, weight_source
+from cake_llama.weights import TORCH_DTYPES, WeightSource, weight_source
 
 KV_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}
 
@@ -51,16 +53,20 @@ def load_stage(
 
     source = weight_source(checkpoint, device)
     if options.quantize is not None and options.quantize != "none":
-        if device.type != "cpu":
-            raise ConfigError(f"--quantize {options.quantize} is served on the CPU only; leave it out on {device}")
-        source = NarrowedWeights(source, options.quantize)
-    own = cpu_loader(config, source, _treatment(options), moved) if device.type == "cpu" else None
+        source = NarrowedWeights(source, options.quantize, device)
+    how = _treatment(options)
+    narrow = keeps_width(device, source, how)
+    own = cpu_loader(config, source, how, moved) if device.type == "cpu" and not narrow else None
     dtypes = choose_dtypes(info.dtype, device, exactly=options.dtype != "auto")
     if own is not None:
         dtypes = Dtypes(dtypes.stored, torch.float32)
-    total = _check_fit(_sizes(config, info, layers, None if own else dtypes.stored), device)
+    total = _check_fit(_sizes(config, info, layers, None if own or narrow else dtypes.stored), device)
+    if narrow:
+        loader: Loader = NarrowLoader(config, source, device, dtypes, device.type == "cuda" and _has_triton(), moved)
+    else:
+        loader = own or Loader(config, source, device, dtypes, moved)
     with torch.inference_mode():
-        parts = _parts(own or Loader(config, source, device, dtypes, moved), layers, dtypes.computed)
+        parts = _parts(loader, layers, dtypes.computed)
     kv_dtype = dtypes.stored if options.kv_dtype == "auto" else KV_DTYPES[options.kv_dtype]
     cache = KvCache(
         len(parts.blocks), (config.num_kv_heads, config.head_dim), _blocks(info, layers, options, device), device, kv_dtype
@@ -82,6 +88,13 @@ def load_stage(
 def _treatment(options: LoadOptions) -> Treatment:
     as_is = options.dtype == "auto" or options.quantize not in (None, "none")
     return Treatment(None if as_is else TORCH_DTYPES[options.dtype], options.threads or torch.get_num_threads())
+
+
+def keeps_width(device: torch.device, source: WeightSource, how: Treatment) -> bool:
+    """Whether weights are kept in the narrow form, which is how devices other than the CPU hold what has less than 16 bit."""
+    if device.type == "cpu" or how.dtype is not None:
+        return False
+    return any(source.kind(name) not in PLAIN.values() for name in source.names() if len(source.shape(name)) == 2)
 
 
 def _has_triton() -> bool:

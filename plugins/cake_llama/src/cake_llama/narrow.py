@@ -27,10 +27,11 @@ KINDS = {"int8": "Q8_0", "int4": "G4"}
 
 
 class NarrowedWeights:
-    """A source whose matrices are narrowed: the embedding and the head to 8 bit always, the others as `quantize` says."""
+    """A source whose matrices are narrowed, on `device`: the embedding and the head to 8 bit always, the others as `quantize`
+    says."""
 
-    def __init__(self, source: WeightSource, quantize: str) -> None:
-        self._source, self._quantize = source, quantize
+    def __init__(self, source: WeightSource, quantize: str, device: torch.device | None = None) -> None:
+        self._source, self._quantize, self._device = source, quantize, device
         self.names, self.shape, self.load = source.names, source.shape, source.load
 
     def kind(self, name: str) -> str:
@@ -42,7 +43,8 @@ class NarrowedWeights:
         count, cols = self._source.shape(name)
         stop, step, width = count if stop is None else stop, max(1, PIECE_VALUES // cols), self._width(name)
         starts = range(start, stop, step)
-        return joined([quantized(self._source.rows(name, at, min(at + step, stop)).dequantized(), width) for at in starts])
+        pieces = (self._source.rows(name, at, min(at + step, stop)).dequantized() for at in starts)
+        return joined([quantized(piece.to(self._device or piece.device), width) for piece in pieces])
 
     def _narrows(self, name: str) -> bool:
         shape = self._source.shape(name)

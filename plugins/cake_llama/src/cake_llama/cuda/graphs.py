@@ -7,18 +7,19 @@ can start before anybody has looked at it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from cake_llama.cache import BLOCK, KvCache, Table
 from cake_llama.config import ModelConfig
-from cake_llama.cuda.ops import Places, Scratch, add_norm, attend, gated_matvec, matvec, silu_mul
+from cake_llama.cuda.ops import Places, Scratch, add_norm, attend, gated_one, product_many, product_one, silu_mul
 from cake_llama.model import Block, Linear, Norm, Parts
+from cake_llama.narrow_matrix import NarrowLinear
 from cake_llama.rotary import Rotary
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
@@ -49,11 +50,12 @@ class _Graph:
 
 def capturable(config: ModelConfig, parts: Parts) -> bool:
     """Whether every part is one that the graphs know."""
-    blocks_plain = all(isinstance(p, Linear) for b in parts.blocks for p in (b.qkv, b.output, b.gate_up, b.down))
-    head_plain = parts.head is None or isinstance(parts.head, Linear)
-    biased = any(b.gate_up.bias is not None for b in parts.blocks if isinstance(b.gate_up, Linear))
+    known = Linear | NarrowLinear
+    blocks_known = all(isinstance(p, known) for b in parts.blocks for p in (b.qkv, b.output, b.gate_up, b.down))
+    head_known = parts.head is None or isinstance(parts.head, known)
+    biased = any(b.gate_up.bias is not None for b in parts.blocks if isinstance(b.gate_up, known))
     grouped = config.num_heads // config.num_kv_heads <= 16
-    return blocks_plain and head_plain and not biased and grouped and not config.rope.depends_on_length
+    return blocks_known and head_known and not biased and grouped and not config.rope.depends_on_length
 
 
 class Graphs:
@@ -133,55 +135,63 @@ class Graphs:
         parts, inputs = self._parts, graph.inputs
         if parts.embedding is not None:
             ids = torch.where(inputs[:, 0] < 0, self.last[inputs[:, 2]], inputs[:, 0].to(torch.int64))
-            x = parts.embedding[ids]
+            x = parts.embedding[ids].to(self._dtype)
         else:
             x = graph.hidden_in.clone()
-        places = Places(inputs[:, 1].contiguous(), graph.table, self._cos, self._sin)
+        places = Places(inputs, graph.table, self._cos, self._sin)
         run = self._blocks_one if len(x) == 1 else self._blocks_many
         x, delta = run(x, places, scratch)
         if parts.norm is None:
-            return (x if delta is None else x + delta), None
+            return (x if delta is None else x + delta.sum(0).to(x.dtype)), None
         if parts.head is None:
-            return add_norm(x, delta, parts.norm.weight, parts.norm.eps), None
-        logits = self._logits(x, delta, parts.norm, cast("Linear", parts.head))
-        best = logits.argmax(-1)
+            return add_norm(x, delta, parts.norm), None
+        logits = self._logits(x, delta, parts.norm, cast("Linear | NarrowLinear", parts.head))
+        best = _most_likely(logits)
         if parts.embedding is not None:
             self.last.index_copy_(0, inputs[:, 2].to(torch.int64), best)
         return logits, best
 
-    def _logits(self, x: Tensor, delta: Tensor | None, norm: Norm, head: Linear) -> Tensor:
+    def _logits(self, x: Tensor, delta: Tensor | None, norm: Norm, head: Linear | NarrowLinear) -> Tensor:
         if len(x) == 1:
-            return matvec(x, head.weight, head.bias, norm.weight, norm.eps, dtype=torch.float32)
-        return linear(add_norm(x, delta, norm.weight, norm.eps), head.weight, head.bias).to(torch.float32)
+            return product_one(x, head, norm, dtype=torch.float32)
+        return product_many(add_norm(x, delta, norm), head).sum(0, dtype=torch.float32)
 
     def _blocks_one(self, x: Tensor, places: Places, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
         for block in self._parts.blocks:
-            qkv, output, gate_up, down = _linears(block)
-            mixed = matvec(x, qkv.weight, qkv.bias, block.input_norm.weight, block.input_norm.eps)
-            attended = self._attend(block, mixed, places, scratch)
-            x = matvec(attended, output.weight, output.bias, residual=x)
-            gated = gated_matvec(x, gate_up.weight, block.post_norm.weight, block.post_norm.eps)
-            x = matvec(gated, down.weight, down.bias, residual=x)
+            qkv, output, gate_up, down = _products(block)
+            attended = self._attend(block, product_one(x, qkv, block.input_norm)[None], places, scratch)
+            x = product_one(attended, output, residual=x)
+            x = product_one(gated_one(x, gate_up, block.post_norm), down, residual=x)
         return x, None
 
     def _blocks_many(self, x: Tensor, places: Places, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
         delta: Tensor | None = None
         for block in self._parts.blocks:
-            qkv, output, gate_up, down = _linears(block)
-            normed = add_norm(x, delta, block.input_norm.weight, block.input_norm.eps)
-            attended = self._attend(block, linear(normed, qkv.weight, qkv.bias), places, scratch)
-            mixed = linear(attended, output.weight, output.bias)
-            normed = add_norm(x, mixed, block.post_norm.weight, block.post_norm.eps)
-            delta = linear(silu_mul(linear(normed, gate_up.weight)), down.weight, down.bias)
+            qkv, output, gate_up, down = _products(block)
+            normed = add_norm(x, delta, block.input_norm)
+            attended = self._attend(block, product_many(normed, qkv), places, scratch)
+            normed = add_norm(x, product_many(attended, output), block.post_norm)
+            delta = product_many(silu_mul(product_many(normed, gate_up), x.dtype), down)
         return x, delta
 
     def _attend(self, block: Block, qkv: Tensor, places: Places, scratch: Scratch) -> Tensor:
         norms = None
         if block.q_norm is not None and block.k_norm is not None:
-            norms = (block.q_norm.weight, block.k_norm.weight)
-        keys, values = self._cache.keys[block.index], self._cache.values[block.index]
-        return attend(qkv, keys, values, places, scratch, norms, self._config.norm_eps, block.window)
+            norms = (block.q_norm, block.k_norm)
+        cache = (self._cache.keys[block.index], self._cache.values[block.index])
+        return attend(qkv, cache, places, scratch, norms, block.window)
 
 
-def _linears(block: Block) -> tuple[Linear, Linear, Linear, Linear]:
-    return cast("tuple[Linear, Linear, Linear, Linear]", (block.qkv, block.output, block.gate_up, block.down))
+def _most_likely(logits: Tensor) -> Tensor:
+    """[B, vocabulary] -> i64 [B]: argmax in two steps where it can be, since one reads a row with one multiprocessor."""
+    batch, size = logits.shape
+    part = math.gcd(size, 512)
+    if part < 64:
+        return logits.argmax(-1)
+    values, places = logits.view(batch, -1, part).max(-1)
+    first = values.argmax(-1)
+    return first * part + places.gather(1, first[:, None])[:, 0]
+
+
+def _products(block: Block) -> Sequence[Linear | NarrowLinear]:
+    return cast("Sequence[Linear | NarrowLinear]", (block.qkv, block.output, block.gate_up, block.down))
