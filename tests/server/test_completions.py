@@ -14,6 +14,8 @@ from cake_core.runtime import TextRuntime
 from cake_server.text.logprobs import CompletionScores, clamp, token_text
 
 PATH = "/v1/completions"
+BLOCK = 16
+"""The most that a shared beginning may be computed again: a block of the toy's."""
 
 
 def test_prompts_come_in_four_forms(api: httpx.Client, runtime: TextRuntime) -> None:
@@ -66,6 +68,26 @@ def test_prompt_scores_are_the_engines(api: httpx.Client, runtime: TextRuntime) 
     choice = api.post(PATH, json=body).raise_for_status().json()["choices"][0]
     assert choice["logprobs"]["token_logprobs"] == wanted
     assert choice["text"] == "<|begin|>score me"
+
+
+def test_a_shared_beginning_is_not_computed_again(api: httpx.Client) -> None:
+    """Told in the usage of the answer and of its stream, and counted in the metrics."""
+
+    def hits() -> float:
+        line = next(x for x in api.get("/metrics").text.splitlines() if x.startswith("cake_prefix_cache_hits_total "))
+        return float(line.split()[1])
+
+    beginning = "A beginning that only this test has, long enough for some blocks. " * 3
+    first = api.post(PATH, json={"prompt": beginning + "one", "max_tokens": 2, "seed": 1}).json()
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    before = hits()
+    asked = {"prompt": beginning + "two", "max_tokens": 2, "seed": 1}
+    cached = api.post(PATH, json=asked).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert len(beginning) - BLOCK <= cached <= len(beginning) + 1, "characters are the toy's tokens"
+    assert hits() - before == cached
+    stream = api.post(PATH, json={**asked, "stream": True, "stream_options": {"include_usage": True}}).text
+    last = json.loads(stream.split("data: ")[-2])
+    assert last["usage"]["prompt_tokens_details"]["cached_tokens"] >= cached
 
 
 @pytest.mark.parametrize("echo", [False, True])

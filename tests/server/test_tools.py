@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,36 @@ TOOLS = [
     }
 ]
 ASK = {"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+
+
+def test_a_model_whose_template_has_no_tools_is_told_in_words(start: Any, scripted: Any) -> None:
+    """And answers with JSON; the history's calls and results become messages of roles that it has."""
+    runtime, engine = scripted(WEATHER, template="{% for message in messages %}{{ message.content }}{% endfor %}")
+    server = start(runtime)
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+    ]
+    choice = httpx.post(server.url + CHAT, json={**ASK, "messages": history}).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+    prompt = runtime.tokenizer.decode(engine.requests[0].prompt, skip_special=False)
+    system, user, assistant, result = re.findall(r"<\|(?:system|user|assistant)\|>(.*?)<\|end\|>", prompt, re.DOTALL)
+    assert '"name": "weather"' in system
+    assert "answer with JSON" in system
+    assert user == "hi"
+    assert json.loads(assistant) == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert "sunny" in result
+
+
+def test_a_system_message_keeps_its_place_before_the_tools(start: Any, scripted: Any) -> None:
+    runtime, engine = scripted("ok", template="{{ messages }}")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    httpx.post(start(runtime).url + CHAT, json={**ASK, "messages": messages}).raise_for_status()
+    prompt = runtime.tokenizer.decode(engine.requests[0].prompt, skip_special=False)
+    assert prompt.index("Be brief.") < prompt.index("weather")
+    assert prompt.count("<|system|>") == 1
 
 
 def test_a_call_over_http(start: Any, scripted: Any) -> None:

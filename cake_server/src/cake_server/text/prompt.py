@@ -13,6 +13,8 @@ import msgspec
 from cake_core.errors import RequestError
 from cake_core.model import Tokenizer
 from cake_server.schemas.chat import ChatRequest, ContentPart, MessageIn, Tool
+from cake_server.tools.choice import chat_template
+from cake_server.tools.told import knows_tools, tell
 
 _ROLES = {"developer": "system", "function": "tool"}
 _KNOWN = ("system", "user", "assistant", "tool")
@@ -113,6 +115,8 @@ def render(body: ChatRequest, tokenizer: Tokenizer, tools: Sequence[Tool]) -> st
     messages = messages_for_template(body.messages)
     options = template_options(body)
     listed = tools_for_template(tools)
+    if not knows_tools(chat_template(tokenizer)):
+        messages, listed = tell(messages, listed), []
     if not body.continue_final_message:
         prompt = body.add_generation_prompt is not False
         return tokenizer.render_chat(messages, tools=listed, add_generation_prompt=prompt, template_options=options)

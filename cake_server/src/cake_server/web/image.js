@@ -21,7 +21,15 @@ export function setup() {
   drop.addEventListener("drop", (event) => {
     event.preventDefault();
     if (event.dataTransfer.files.length) $("image-file").files = event.dataTransfer.files;
+    begun();
   });
+  $("image-file").addEventListener("change", begun);
+  begun();
+}
+
+// How far from an image is only a question where there is one.
+function begun() {
+  $("strength-label").hidden = !$("image-file").files.length;
 }
 
 function fields() {
