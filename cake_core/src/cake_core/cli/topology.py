@@ -11,6 +11,8 @@ import click
 from cake_core.cli.app import current_app
 from cake_core.cli.console import human_bytes, note, plural, show_json, show_table
 from cake_core.cli.options import ModelFlags, model_options
+from cake_core.cli.sections import SectionedCommand, option
+from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from cake_core.model import ModelInfo
@@ -46,11 +48,35 @@ def check(file: Path, model: str | None, model_type: str | None) -> None:
     )
 
 
-@topology.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@model_options("model", "topology", "load")
-def plan(flags: ModelFlags, as_json: bool) -> None:
-    """Show what each node would hold and take, in order of execution."""
+PLAN = "Plan"
+
+
+@topology.command(cls=SectionedCommand)
+@option(PLAN, "--workers", default="none", show_default=True, metavar="auto|none|H:P,...", help="Plan for workers found there.")
+@option(PLAN, "--profiles", type=click.Path(path_type=Path), metavar="FILE", help="Plan for the machines in a JSON file.")
+@option(PLAN, "--plan-for", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="The aim.")
+@option(PLAN, "--route", type=click.Choice(["star", "chain"]), default="star", show_default=True, help="How batches will go.")
+@option(PLAN, "--streams", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
+@option(PLAN, "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="To predict for.")
+@option(PLAN, "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a topology file.")
+@option(PLAN, "--json", "as_json", is_flag=True, help="Print JSON.")
+@model_options("model", "topology", "load", "key")
+def plan(flags: ModelFlags, as_json: bool, profiles: Path | None, streams: int, prompt_tokens: int, write: Path | None) -> None:
+    """Show what each node would hold and take, in order of execution.
+
+    With --workers or --profiles it is planned who should hold what, and predicted what that will bring; nodes to which
+    --topology gives layers keep them. Else the topology is shown as it is.
+    """
+    if profiles is not None or flags.workers != "none":
+        from cake_core.cli.plan import make_plan, show_plan, write_topology
+
+        info, made = make_plan(flags, profiles, streams, prompt_tokens)
+        show_plan(info, made, as_json)
+        if write is not None:
+            write_topology(made, write)
+        return
+    if write is not None:
+        raise ConfigError("--write needs a plan: give --workers or --profiles")
     info, placement = _fit(flags, flags.load_topology())
     if as_json:
         show_json(_as_json(info, placement))
