@@ -41,7 +41,6 @@ THIRD_PARTY = {
     "segno": ("cli",),
     "yaml": ("topology", "split", "cli"),
     "zeroconf": ("discovery",),
-    "zstandard": ("weights",),
 }
 NETWORK = {"asyncio", "http", "select", "selectors", "socket", "socketserver", "ssl", "urllib.request"}
 NETWORK_IN = {"cake_core.hub": {"urllib.request"}}
