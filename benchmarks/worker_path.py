@@ -1,0 +1,116 @@
+"""What a worker's whole path costs over a plain echo: receive, decode, a stage that does nothing, encode, send.
+
+    python benchmarks/worker_path.py
+
+A worker process and a raw echo server in another; in each round both answer one activation of 16 KiB, in random order: hot,
+one right after the other, and at decode pace, after a pause of 3 to 7 ms. No TLS. Medians of paired differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from sleeping import LAYERS, SleepingCheckpoint, Speed, sleeping_plugins
+from transport import seconds_for, serve_socket, socket_asker
+
+from cake_core.bodies import BodyReader
+from cake_core.codec import spec_to_fields
+from cake_core.link import LinkTiming
+from cake_core.model import Batch, Row, SessionSpec, Tensor, Want
+from cake_core.protocol import Type, decode, encode, encode_batch
+from cake_core.requests import SamplingParams
+from cake_core.testing.cluster import LocalCluster
+from cake_core.transport import Address
+from cake_transport_tcp.transport import TcpTransport
+
+SIZE = 16384
+STAGE = [f"model.layers.{i}" for i in range(LAYERS)]
+Ask = Callable[[bytearray, int], None]
+
+
+def serve() -> None:
+    echo = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve_socket, args=(echo, "raw"), daemon=True).start()
+    checkpoint = SleepingCheckpoint(Speed(0.0, 0.0, SIZE))
+    quiet = LinkTiming(heartbeat=60.0, dead=300.0)
+    sys.setswitchinterval(5e-4)  # as `cake worker` does
+    with LocalCluster(sleeping_plugins(), checkpoint, TcpTransport(), {"w0": ["model.layers.0-31"]}, timing=quiet) as cluster:
+        print(json.dumps({"raw": echo.getsockname()[1], "worker": cluster.addresses["w0"].port}), flush=True)
+        sys.stdin.read()  # until the asking process is gone
+
+
+def worker_asker(port: int) -> Ask:
+    channel = TcpTransport().dial(Address("127.0.0.1", port), None, 10.0)
+    reader = BodyReader(1 << 24)
+
+    def answer(kind: Type) -> None:
+        header, _ = channel.receive(reader.allocate, 30.0)
+        if (found := decode(header)).type is not kind:
+            raise RuntimeError(f"{found.type.name}: {found.fields}")
+
+    channel.send(encode(Type.ATTACH, 1, {"model_type": "text", "stages": [STAGE]}))
+    answer(Type.ATTACHED)
+    spec = spec_to_fields(SessionSpec(SamplingParams()))
+    channel.send(encode(Type.OPEN, 0, {"session": 1, "spec": spec, "parent": None, "length": 0}))
+    position = 0
+
+    def ask(body: bytearray, back: int) -> None:  # noqa: ARG001 - it comes back as long as it went
+        nonlocal position
+        batch = Batch((Row(1, position, 1, Want(sample=1)),), {"hidden": Tensor("u8", (1, SIZE), body)})
+        position += 1
+        header, buffers = encode_batch(Type.FORWARD, position + 1, batch)
+        channel.send(header, buffers, 30.0)
+        answer(Type.OUTPUT)
+
+    return ask
+
+
+def measure(asks: dict[str, Ask], rounds: int, paced: bool) -> None:
+    body = bytearray(SIZE)
+    times: dict[str, list[float]] = {kind: [] for kind in asks}
+    for _ in range(rounds):
+        for kind in random.sample(list(asks), len(asks)):
+            if paced:
+                time.sleep(random.uniform(0.003, 0.007))
+            else:
+                seconds_for(asks[kind], body, SIZE)  # warm, as the one before it in a row
+            times[kind].append(1e6 * seconds_for(asks[kind], body, SIZE))
+    over = statistics.median(a - b for a, b in zip(times["worker"], times["raw"], strict=True))
+    medians = {kind: statistics.median(found) for kind, found in times.items()}
+    kind = "paced" if paced else "hot"
+    print(f"{kind:8}echo {medians['raw']:7.1f} µs   worker {medians['worker']:7.1f} µs   over {over:7.1f} µs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve:
+        serve()
+        return
+    command = [sys.executable, __file__, "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            ports = json.loads(server.stdout.readline())
+            asks = {"raw": socket_asker("raw", ports["raw"]), "worker": worker_asker(ports["worker"])}
+            measure(asks, 50, paced=False)  # to warm up
+            print()
+            for paced in (False, True):
+                measure(asks, given.rounds, paced)
+        finally:
+            server.kill()
+
+
+if __name__ == "__main__":
+    main()
