@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
+from cake_core.engine.text import EngineStats
 from cake_core.errors import CakeError
 from cake_core.events import Failed, Finished, TextEvent, TokenEvent
 from cake_core.model import ModelInfo
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import TextRuntime
+from cake_core.topology import compress
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class _Stream:
 def bench_text(runtime: TextRuntime, load: Load) -> dict[str, Any]:
     """Medians over `runs`, after one run to warm up. Seconds, bytes, tokens; see `cake bench text --help`."""
     _run(runtime, load, salt=0)
-    before, began = _traffic(runtime), time.perf_counter()
+    before, worked, guessed, began = _traffic(runtime), _work(runtime), runtime.engine.stats(), time.perf_counter()
     streams = [_run(runtime, load, salt) for salt in range(1, load.runs + 1)]
     wall, after = time.perf_counter() - began, _traffic(runtime)
     first = [s.times[0] - s.began for run in streams for s in run]
@@ -69,7 +71,41 @@ def bench_text(runtime: TextRuntime, load: Load) -> dict[str, Any]:
         "prompt_tokens_per_second": load.prompt_tokens * load.concurrency / median(first),
         "wall_seconds": wall,
         "wire_bytes_per_token": {node: (after[node] - before[node]) / generated for node in after},
+        "stages": _stages(worked, _work(runtime), wall, generated),
+        "guesses": _guesses(guessed, runtime.engine.stats()),
     }
+
+
+_Work = dict[tuple[str, str], tuple[int, float]]
+"""Batches and seconds of each stage, by its node and layers."""
+
+
+def _work(runtime: TextRuntime) -> _Work:
+    parts = runtime.parts(fresh=True)
+    return {(span.node, ", ".join(compress(span.layers))): (work.batches, work.seconds) for span, work, _ in parts}
+
+
+def _stages(before: _Work, after: _Work, wall: float, generated: int) -> list[dict[str, Any]]:
+    """Of each stage its seconds a batch and a generated token, and the share of all time that it had nothing to compute. Work
+    is always queued here, so that share is what the wires, the engine and the other stages kept it waiting."""
+    found = []
+    for (node, layers), (batches, seconds) in after.items():
+        earlier = before.get((node, layers), (0, 0.0))
+        busy, count = seconds - earlier[1], batches - earlier[0]
+        found.append(
+            {
+                "node": node,
+                "layers": layers,
+                "seconds_per_batch": busy / count if count else 0.0,
+                "seconds_per_token": busy / generated,
+                "idle": max(0.0, 1 - busy / wall),
+            }
+        )
+    return found
+
+
+def _guesses(before: EngineStats, after: EngineStats) -> dict[str, int]:
+    return {"proposed": after.proposed - before.proposed, "accepted": after.accepted - before.accepted}
 
 
 def _run(runtime: TextRuntime, load: Load, salt: int) -> list[_Stream]:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 from cake_core.backoff import Backoff
@@ -170,6 +170,15 @@ class RemoteNode:
             link.count if link else None,
             tuple(read_count(entry) for entry in self._report.get("work", [])),
         )
+
+    def refresh(self, timeout: float = 5.0) -> None:
+        """Asks for a report and waits for it, so that `status` is of now; not longer than `timeout` seconds."""
+        link = self._link
+        if link is not None:
+            answer = link.ask(Type.STATUS, {})
+            wait([answer], timeout)
+            if answer.done():
+                self._told(answer)
 
     def _told(self, answer: Future[tuple[Message, memoryview]]) -> None:
         if not answer.cancelled() and answer.exception() is None:

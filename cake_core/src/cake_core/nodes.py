@@ -103,7 +103,9 @@ class Nodes:
             return None
         return NodeLost(f"missing: {describe_missing(away)}; restart it there", away[0].name, away[0].address)
 
-    def statuses(self) -> list[NodeStatus]:
+    def statuses(self, fresh: bool = False) -> list[NodeStatus]:
+        for node in self._nodes.values() if fresh else ():
+            node.refresh()
         return [node.status() for node in self._nodes.values()]
 
     def listen(self, callback: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -21,7 +21,7 @@ from cake_core.errors import CakeError
 from cake_core.link import LinkTiming
 from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
 from cake_core.nodes import Nodes
-from cake_core.placement import Placement
+from cake_core.placement import Placement, Span
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
 from cake_core.replan import Cast, Replanner
@@ -86,8 +86,18 @@ class TextRuntime:
         """The layers of a lost node were placed again."""
         self.placement, self._local = cast.placement, cast.local
 
-    def nodes(self) -> list[NodeStatus]:
-        return self._nodes.statuses()
+    def nodes(self, fresh: bool = False) -> list[NodeStatus]:
+        """`fresh`: as they are now, for which each is asked; else as they were last heard of."""
+        return self._nodes.statuses(fresh)
+
+    def parts(self, fresh: bool = False) -> Iterator[tuple[Span, StageCount, Memory]]:
+        """Every stage that is heard of, wherever it is, with its work and its memory, in order of execution."""
+        known = {status.name: iter(zip(status.work, status.memory, strict=False)) for status in self.nodes(fresh)}
+        known[MASTER] = iter(zip(self.work(), self.memory(), strict=False))
+        for span in self.placement.spans:
+            part = next(known.get(span.node, iter(())), None)
+            if part is not None:
+                yield span, *part
 
     def missing(self) -> CakeError | None:
         """Which node is not there, if one is not."""

@@ -10,10 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from cake_core.events import Usage
-from cake_core.model import Memory
-from cake_core.reports import StageCount
 from cake_core.runtime import ImageRuntime, TextRuntime
-from cake_core.topology import MASTER, compress
+from cake_core.topology import compress
 
 if TYPE_CHECKING:
     from cake_server.service import Service
@@ -112,20 +110,11 @@ def _stages(runtime: TextRuntime) -> Iterator[Any]:
     batches = CounterMetricFamily("cake_stage_batches", "Batches of the stage.", labels=labels)
     positions = CounterMetricFamily("cake_stage_positions", "Positions of the stage.", labels=labels)
     used = GaugeMetricFamily("cake_stage_kv_usage_ratio", "Share of the stage's KV cache that is in use.", labels=labels)
-    for node, layers, count, memory in _parts(runtime):
+    for span, count, memory in runtime.parts():
+        node, layers = span.node, ", ".join(compress(span.layers))
         seconds.add_metric((node, layers), count.seconds)
         batches.add_metric((node, layers), count.batches)
         positions.add_metric((node, layers), count.positions)
         if memory.kv_tokens:
             used.add_metric((node, layers), 1 - memory.kv_tokens_free / memory.kv_tokens)
     yield from (seconds, batches, positions, used)
-
-
-def _parts(runtime: TextRuntime) -> Iterator[tuple[str, str, StageCount, Memory]]:
-    known = {status.name: iter(zip(status.work, status.memory, strict=False)) for status in runtime.nodes()}
-    known[MASTER] = iter(zip(runtime.work(), runtime.memory(), strict=False))
-    for span in runtime.placement.spans:
-        for node in span.nodes:
-            part = next(known.get(node, iter(())), None)
-            if part is not None:
-                yield node, ", ".join(compress(span.layers)), *part

@@ -73,5 +73,13 @@ def _table(report: dict[str, Any]) -> str:
         lines.append(f"memory bandwidth     {bandwidth / 1e9:9.1f} GB/s, so a token takes {floor * 1e3:.3f} ms at least")
         if report["floor_reached"] is not None:
             lines.append(f"reached              {report['floor_reached'] * 100:9.1f} % of that")
+    lines += [_stage_line(stage) for stage in report["stages"]]
+    if report["guesses"]["proposed"]:
+        lines.append(f"guesses              {report['guesses']['accepted']:9} right of {report['guesses']['proposed']}")
     lines += [f"wire, {node:<14} {count:9.0f} bytes a token" for node, count in report["wire_bytes_per_token"].items()]
     return "\n".join(lines)
+
+
+def _stage_line(stage: dict[str, Any]) -> str:
+    times = f"{stage['seconds_per_batch'] * 1e3:9.3f} ms a batch, {stage['seconds_per_token'] * 1e3:.3f} ms a token"
+    return f"{stage['node']:<20} {times}, idle {stage['idle'] * 100:.0f} %   ({stage['layers']})"
