@@ -69,6 +69,16 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def await_listener(port: int) -> None:
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+
+
 def ask(work: Path, env: dict[str, str]) -> float:
     """Seconds from the start of the command to the line that says how long its one token took."""
     command = [*CAKE, "run", "--model", "model", "--topology", "topology.yml", "--wait", "60", "--raw", "--dtype", "bf16"]
@@ -103,6 +113,7 @@ def main() -> None:
             home.pop("XDG_CACHE_HOME", None)
         worker = subprocess.Popen([*CAKE, "worker", "--name", "far", "--address", f"127.0.0.1:{port}"], env=homes[1], cwd=work)
         try:
+            await_listener(port)
             for asked in ("cold", "warm"):
                 before = out.total
                 seconds = ask(work, homes[0])

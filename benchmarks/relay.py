@@ -48,7 +48,11 @@ def relay_shaped(port: int, rate: float) -> tuple[int, Wire, Wire]:
     def accept() -> None:
         while True:
             here, _ = listener.accept()
-            there = socket.create_connection(("127.0.0.1", port))
+            try:
+                there = socket.create_connection(("127.0.0.1", port))
+            except OSError:
+                here.close()
+                continue
             for source, target, wire in ((here, there, out), (there, here, back)):
                 target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 start(lambda s=source, t=target, w=wire: carry(s, t, w))  # type: ignore[misc]

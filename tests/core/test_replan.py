@@ -43,7 +43,7 @@ def open_cluster(farm: Farm, model: Checkpoint, spares: tuple[str, ...] = (), pr
     nodes = (Node("a", farm.address("a"), FRONT), Node("b", farm.address("b"), BACK))
     spec = RunSpec(
         model, Topology(nodes), dial=farm.dial, timing=FAST, wait=5, rejoin=2.0, on_loss="replan",
-        spares=tuple(Node(name, farm.address(name), ()) for name in spares), profile=lambda: profile,
+        spares=tuple(Node(name, farm.address(name), ()) for name in spares), profile=lambda backend: profile,
     )  # fmt: skip
     return open_text(farm.plugins, spec)
 

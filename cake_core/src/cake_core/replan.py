@@ -157,7 +157,7 @@ class Replanner:
         """Bytes to spare on the nodes that can take layers: bare workers that are up, spare ones, the master."""
         found: dict[str, int] = {}
         if self._cast.spec.profile is not None:
-            found[MASTER] = int(self._cast.spec.profile().memory_free * ROOM)
+            found[MASTER] = int(self._cast.spec.profile(self._info.backend).memory_free * ROOM)
         for name in (node.name for node in self._cast.spec.topology.nodes if node.name not in lost):
             profile = self._ask(name)
             if profile is not None:
@@ -174,7 +174,9 @@ class Replanner:
             link = self._nodes[name].link()
             if link.ask(Type.STATUS).result(ASK)[0].fields["report"].get("bare") is not True:
                 return None
-            return NodeProfile.from_fields(link.ask(Type.PROFILE).result(ASK)[0].fields["profile"], name)
+            return NodeProfile.from_fields(
+                link.ask(Type.PROFILE, {"backend": self._info.backend}).result(ASK)[0].fields["profile"], name
+            )
         except (CakeError, TimeoutError) as error:
             log.info("%s takes no layers: %s", name, error)
             return None
@@ -184,9 +186,9 @@ class Replanner:
         spec = self._cast.spec
         try:
             if spare.host is not None and spec.dial is not None:
-                worker = survey(spec.dial(spare.host, DIAL), spare.host, spec.timing)
+                worker = survey(spec.dial(spare.host, DIAL), spare.host, spec.timing, self._info.backend)
             elif spec.joined is not None:
-                worker = survey(spec.joined(spare.name, DIAL), None, spec.timing)
+                worker = survey(spec.joined(spare.name, DIAL), None, spec.timing, self._info.backend)
             else:
                 return None
         except CakeError as error:

@@ -48,7 +48,7 @@ class RunSpec:
         speculation: how tokens are guessed, None for not at all. draft: a model to guess with, loaded on this node.
         limits: None for what fits the placement.
         on_loss: whether the layers of a lost node wait for it or are placed again on others: workers of the topology that
-            brought none of their own, `spares`, and this node as far as `profile` says what it has free.
+            brought none of their own, `spares`, and this node as far as `profile(backend)` says what it has free.
         route: whether workers answer the master (star) or hand over to one another (chain); auto: where they can.
     """
 
@@ -66,7 +66,7 @@ class RunSpec:
     route: Way = "auto"
     on_loss: Literal["wait", "replan"] = "wait"
     spares: tuple[Node, ...] = ()
-    profile: Callable[[], NodeProfile] | None = None
+    profile: Callable[[str], NodeProfile] | None = None
     timing: LinkTiming | None = None
     progress: NodeProgress | None = None
 

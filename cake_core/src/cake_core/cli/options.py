@@ -156,7 +156,7 @@ class ModelFlags:
             route=cast("Way", self.route),
             on_loss=self.on_loss,
             spares=gathered.spares,
-            profile=lambda: prober(plugins, options).node(MASTER),
+            profile=functools.partial(prober(plugins, options).node, MASTER),
             progress=progress,
         )
 
