@@ -96,7 +96,7 @@ class Ours:
         options = LoadOptions(device="cpu", threads=threads, kv_tokens=prompt + tokens + 16)
         checkpoint, backend = GgufCheckpoint(path), LlamaBackend()
         info = backend.describe(checkpoint, options)
-        self._stage = backend.load(checkpoint, info, [layer.name for layer in info.layers], options)
+        self.stage = backend.load(checkpoint, info, [layer.name for layer in info.layers], options)
         self._prompt, self._tokens = prompt, tokens
         self._clock = time.process_time if cpu_time else time.perf_counter
 
@@ -105,16 +105,16 @@ class Ours:
         from cake_core.model import SAMPLE, SAMPLED, Batch, Row, SessionSpec, int32_tensor
         from cake_core.requests import SamplingParams
 
-        self._stage.open(1, SessionSpec(SamplingParams(temperature=0), self._prompt))
+        self.stage.open(1, SessionSpec(SamplingParams(temperature=0), self._prompt))
         given = int32_tensor([(i * 37) % 400 + 100 for i in range(self._prompt)])
         began = self._clock()
-        self._stage.submit(Batch((Row(1, 0, self._prompt, SAMPLE),), {"tokens": given})).result()
+        self.stage.submit(Batch((Row(1, 0, self._prompt, SAMPLE),), {"tokens": given})).result()
         middle = self._clock()
         for index in range(self._tokens):
             row = Row(1, self._prompt + index, 1, SAMPLE)
-            self._stage.submit(Batch((row,), {"tokens": int32_tensor([SAMPLED])})).result()
+            self.stage.submit(Batch((row,), {"tokens": int32_tensor([SAMPLED])})).result()
         end = self._clock()
-        self._stage.close(1)
+        self.stage.close(1)
         return [self._prompt / (middle - began), self._tokens / (end - middle)]
 
 
