@@ -9,7 +9,7 @@ import pytest
 from tests.core.planner_rig import BruteForce, random_cluster, random_model
 
 from cake_core.errors import CapacityError
-from cake_core.planners import PlanRequest, plan
+from cake_core.planners import PlanRequest, plan, ways
 
 CONTEXT = 2048
 
@@ -47,3 +47,31 @@ def test_as_good_as_trying_everything(objective, chain):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_six_nodes_and_twelve_layers(objective, chain):
     assert compare(5, 9, 5, objective, chain)
+
+
+@pytest.mark.parametrize("chain", [False, True], ids=["star", "chain"])
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_the_bounded_search_stays_near_the_exact_one(monkeypatch, objective, chain):
+    for seed in range(6):
+        rng = random.Random(seed)
+        info = random_model(rng, 10, even=True)
+        cluster = random_cluster(rng, info, 7, small=0.1)
+        ask = PlanRequest(CONTEXT, objective=objective, chain=chain)
+        monkeypatch.setattr(ways, "EXACT_WORKERS", 8)
+        exact = plan(info, cluster, ask).prediction
+        monkeypatch.setattr(ways, "EXACT_WORKERS", 0)
+        monkeypatch.setattr(ways, "FOLLOWED", 14 * 7 * 13)
+        bounded = plan(info, cluster, ask).prediction
+        if objective == "latency":
+            assert bounded.seconds_per_token <= 1.02 * exact.seconds_per_token
+        assert bounded.tokens_per_second >= (0 if objective == "latency" else exact.tokens_per_second / 1.02)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_sixteen_nodes_and_many_layers_are_planned(objective):
+    rng = random.Random(3)
+    info = random_model(rng, 128, even=True)
+    cluster = random_cluster(rng, info, 16, small=0.03)
+    found = plan(info, cluster, PlanRequest(CONTEXT, objective=objective))
+    assert sum(len(stage.layers) for stage in found.stages) == len(info.layers)
+    assert all(stage.weights + stage.kv <= stage.room for stage in found.stages)

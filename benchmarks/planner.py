@@ -1,0 +1,179 @@
+"""Predicted against measured: workers in processes of their own behind slowed links, cuts that nobody tuned for.
+
+    python benchmarks/planner.py --model random:smollm2-135m
+
+Every node measures itself and the links are surveyed as `cake topology plan` does; then each cut is predicted, run with
+`cake bench text`, and compared. The plan for the same profiles is run too, beside the best of the cuts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from relay import relay_tcp
+
+from cake_core.connect import Connector, Keyring
+from cake_core.gathering import cluster_profile
+from cake_core.model import LoadOptions
+from cake_core.placement import place
+from cake_core.planners import PlanRequest, plan, predict
+from cake_core.plugins import Plugins
+from cake_core.probing import Prober
+from cake_core.profiles import ClusterProfile
+from cake_core.split import topology_text
+from cake_core.survey import Surveyed, survey
+from cake_core.topology import MASTER, Node, Topology, expand
+from cake_core.transport import Address
+
+NODES = {"near": (2, 0.0003), "slow": (1, 0.0003), "far": (2, 0.004)}
+"""Threads and one-way delay of each worker; the master has two threads."""
+PROMPT, TOKENS, RUNS = 64, 64, 3
+
+
+def cuts(blocks: int) -> list[dict[str, list[str]]]:
+    """Which layers go where; the rest stays on the master."""
+
+    def span(start: float, stop: float) -> str:
+        return f"model.layers.{round(start * blocks)}-{round(stop * blocks) - 1}"
+
+    head = ["model.norm", "lm_head"]
+    return [
+        {},
+        {"near": [span(0, 0.5)]},
+        {"slow": [span(0.3, 1)]},
+        {"near": [span(0, 1), *head]},
+        {"far": ["model.embed_tokens", span(0, 1), *head]},
+        {"near": [span(0, 0.4)], "slow": [span(0.4, 0.6)]},
+        {"slow": [span(0.1, 0.3)], "far": [span(0.5, 1), *head]},
+        {"near": [span(0, 0.2)], "slow": [span(0.2, 0.5)], "far": [span(0.5, 0.9)]},
+    ]
+
+
+class Rig:
+    """Starts workers for a topology, measures through the command line, and ends what it started."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.env = {**os.environ, "CAKE_CACHE_DIR": str(folder / "cache"), "CAKE_CONFIG_DIR": str(folder / "config")}
+        self.ports = {name: _free_port() for name in NODES}
+        self.relays = {name: relay_tcp(self.ports[name], delay, 0.0) for name, (_, delay) in NODES.items()}
+
+    def topology(self, cut: dict[str, list[str]]) -> Topology:
+        return Topology(
+            tuple(
+                Node(name, Address.parse(f"127.0.0.1:{self.relays[name]}"), tuple(layer for e in layers for layer in expand(e)))
+                for name, layers in cut.items()
+            )
+        )
+
+    def start(self, topology: Topology) -> list[subprocess.Popen[str]]:
+        file = self.folder / "topology.yml"
+        file.write_text(topology_text(topology.nodes))
+        workers = [
+            subprocess.Popen(
+                [*CAKE, "worker", "--name", node.name, "--topology", str(file), "--model", self.model, "--insecure",
+                 "--device", "cpu", "--threads", str(NODES[node.name][0]), "--address", f"127.0.0.1:{self.ports[node.name]}"],
+                env=self.env, stdout=subprocess.PIPE, text=True,
+            )
+            for node in topology.nodes
+        ]  # fmt: skip
+        for worker in workers:  # a relay needs somebody behind it
+            assert worker.stdout is not None
+            if not any(line.startswith("listening") for line in worker.stdout):
+                raise SystemExit("a worker did not start")
+        return workers
+
+    def measure(self, topology: Topology) -> float:
+        """Seconds a token."""
+        workers = self.start(topology)
+        try:
+            done = subprocess.run(
+                [*CAKE, "bench", "text", "--model", self.model, "--topology", str(self.folder / "topology.yml"), "--insecure",
+                 "--device", "cpu", "--threads", "2", "--wait", "120", "--route", "star", "--workers", "none", "--json",
+                 "--prompt-tokens", str(PROMPT), "--tokens", str(TOKENS), "--runs", str(RUNS)],
+                env=self.env, check=True, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            return float(json.loads(done.stdout)["time_per_token"]["median"])
+        finally:
+            _end(workers)
+
+    def profiles(self, plugins: Plugins, backend: str) -> ClusterProfile:
+        """One node after the other, so that none takes the other's time."""
+        workers = self.start(self.topology({name: [f"model.layers.{index}"] for index, name in enumerate(NODES)}))
+        connector = Connector(plugins, Keyring(None, self.folder / "config", True, print))
+        try:
+            found = [self._surveyed(connector, name, backend) for name in NODES]
+        finally:
+            _end(workers)
+        prober = Prober(plugins, LoadOptions(device="cpu", threads=2), self.folder / "cache", _nothing)
+        return cluster_profile(prober.node(MASTER, backend), found)
+
+    def _surveyed(self, connector: Connector, name: str, backend: str) -> Surveyed:
+        address = Address.parse(f"127.0.0.1:{self.relays[name]}")
+        return survey(connector.dial(address, 5), address, backend=backend)
+
+
+CAKE = [sys.executable, "-m", "cake_core"]
+
+
+def _nothing() -> object:
+    raise SystemExit("the backend of this model does not measure")
+
+
+def _end(workers: list[subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="random:smollm2-135m")
+    model = parser.parse_args().model
+    plugins = Plugins()
+    checkpoint = plugins.resolve(model)
+    backend = plugins.backend_for(checkpoint, "text")
+    info = backend.describe(checkpoint, LoadOptions(device="cpu"))
+    blocks = sum(bool(layer.kv_bytes_per_token) for layer in info.layers)
+    ask = PlanRequest(context=512, position=PROMPT + TOKENS // 2)
+    with tempfile.TemporaryDirectory() as folder:
+        rig = Rig(model, Path(folder))
+        cluster = rig.profiles(plugins, backend.name)
+        print(json.dumps(cluster.as_fields()), file=sys.stderr)
+        errors, times = [], []
+        for cut in cuts(blocks):
+            topology = rig.topology(cut)
+            predicted = predict(info, place(info, topology), cluster, ask).seconds_per_token
+            measured = rig.measure(topology)
+            errors.append(abs(predicted / measured - 1))
+            times.append(measured)
+            words = "; ".join(f"{name} {', '.join(layers)}" for name, layers in cut.items()) or "the master alone"
+            print(
+                f"| {words} | {predicted * 1e3:.2f} | {measured * 1e3:.2f} | {(predicted / measured - 1) * 100:+.0f} % |",
+                flush=True,
+            )
+        chosen = plan(info, cluster, ask)
+        ours = rig.measure(chosen.topology)
+        print(f"error: median {statistics.median(errors) * 100:.0f} %, worst {max(errors) * 100:.0f} %")
+        print(
+            f"plan: {', '.join(chosen.placement.nodes)}: {ours * 1e3:.2f} ms; the best of the cuts: {min(times) * 1e3:.2f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
