@@ -9,7 +9,11 @@ from cake_core.errors import ProtocolError
 from cake_transport_quic import library
 from cake_transport_quic.channel import QuicChannel
 
-KEEPALIVE = library.IDLE / 3
+KEEPALIVE = 0.4
+"""Seconds between pings while the connection is used: the system tells that nobody is at a port only when something is
+sent there."""
+REFUSALS = 2
+"""Packets that must come back with nothing heard between: one may be forged, or of a moment in which a peer starts."""
 LINGER = 2.0
 """Seconds for which a connection without channels stays, so that what was sent arrives."""
 
@@ -34,6 +38,9 @@ class Connection:
         self.failure = ""
         """Why it is over, once it is."""
         self.identifiers: set[bytes] = {quic.host_cid}
+        self.where: object = None
+        """The address that was last sent to."""
+        self._refusals = 0
         self._run = run
         self._binding = binding
         self._on_channel = on_channel
@@ -84,6 +91,18 @@ class Connection:
             channel.lost(reason)
         self._channels.clear()
         self.settled.set()
+
+    def heard(self) -> None:
+        """A packet has come."""
+        self._refusals = 0
+
+    def refused(self) -> None:
+        """A packet has come back, because nobody has the peer's port any more."""
+        self._refusals += 1
+        if not self._established:
+            self.fail(f"{self.peer}: connection refused; start the worker there, and check the port")
+        elif self._refusals >= REFUSALS:
+            self.fail(f"lost {self.peer}: its process is gone")
 
     def _take(self, event: object) -> None:
         if isinstance(event, library.StreamDataReceived):

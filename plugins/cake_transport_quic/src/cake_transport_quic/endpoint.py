@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import queue
 import selectors
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cake_transport_quic import library
@@ -21,6 +23,8 @@ MOST_UNPROVEN = 256
 """Connections whose QUIC handshake is under way at once; what comes above that is dropped, and comes again."""
 _TURN = 64  # datagrams read before anything else gets its turn
 _BUFFERS = 4 * 1024 * 1024
+_TELL = ((socket.IPPROTO_IP, 11), (socket.IPPROTO_IPV6, 25)) if sys.platform == "linux" else ()
+"""IP_RECVERR and IPV6_RECVERR: what comes back is told, with the address it was sent to."""
 
 Welcome = Callable[[library.QuicConnection, Any], Connection]
 """`welcome(quic, where)` makes the connection of a peer that dialled."""
@@ -36,6 +40,9 @@ class Endpoint:
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, option, _BUFFERS)
+        for level, option in _TELL if configuration is not None else ():
+            with contextlib.suppress(OSError):
+                sock.setsockopt(level, option, 1)
         self._sock = sock
         self._configuration = configuration
         self._welcome = welcome
@@ -127,6 +134,7 @@ class Endpoint:
                 return
             connection = self._route(data, where)
             if connection is not None:
+                connection.heard()
                 connection.quic.receive_datagram(data, where, time.monotonic())
 
     def _route(self, data: bytes, where: Any) -> Connection | None:
@@ -153,6 +161,7 @@ class Endpoint:
 
     def _send(self, connection: Connection, now: float) -> None:
         for data, where in connection.quic.datagrams_to_send(now):
+            connection.where = where
             try:
                 if self._configuration is None:
                     self._sock.send(data)
@@ -161,17 +170,31 @@ class Endpoint:
             except BlockingIOError:
                 return  # lost, as on any network; QUIC sends it again
             except OSError as error:
-                self._refused(error)
-                return
+                self._refused(error)  # perhaps about another packet, and another connection's
 
     def _refused(self, error: OSError) -> None:
-        """A dialling socket learns here that nobody listens there any more."""
-        if self._configuration is None and isinstance(error, ConnectionRefusedError):
-            for connection in self._connections:
-                connection.fail(f"{connection.peer}: connection refused; start the worker there, and check the port")
+        """Learns from the system that nobody listens at a port any more."""
+        if self._configuration is None:
+            gone = self._connections if isinstance(error, ConnectionRefusedError) else []
+        else:
+            unreachable = set(_returned(self._sock))
+            gone = [connection for connection in self._connections if connection.where in unreachable]
+        for connection in list(gone):
+            connection.refused()
 
     def _remove(self, connection: Connection) -> None:
         self._connections.remove(connection)
         self._by_identifier = {i: c for i, c in self._by_identifier.items() if c is not connection}
         if self._configuration is None:
             self._closing = True
+
+
+def _returned(sock: socket.socket) -> Iterator[object]:
+    """Where packets of a socket that is not connected came back from, as Linux tells with `_TELL`."""
+    while _TELL:
+        try:
+            _, ancillary, _, where = sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)
+        except OSError:
+            return
+        if any(int.from_bytes(data[:4], sys.byteorder) == errno.ECONNREFUSED for _, _, data in ancillary):
+            yield where
