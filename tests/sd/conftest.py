@@ -76,9 +76,12 @@ class Wire:
 class FakeRemote:
     """A component behind a wire: everything is turned into bytes on the way, as between two processes."""
 
-    def __init__(self, component: Any, wire: Wire, node: str) -> None:
+    waits = True
+    seconds = 0.0
+
+    def __init__(self, component: Any, wire: Wire, node: str, rejoin: float) -> None:
         self.name = component.name
-        self.node = node
+        self.node, self.rejoin = node, rejoin
         self.wire = wire
         self._component = component
         self._known: dict[int, dict[bytes, Tensor]] = {}
@@ -154,6 +157,7 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
         replicas: Mapping[str, int] | None = None,
         master: Path | None = None,
         node: str = "",
+        rejoin: float = 30.0,
         **extra: Any,
     ) -> Cluster:
         options = LoadOptions(dtype=dtype, device="cpu", extra={f"sd_{key}": value for key, value in extra.items()})
@@ -167,7 +171,7 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
             if layer.name in remote:
                 wires[layer.name] = [Wire() for _ in loaded]
                 loaded = [
-                    FakeRemote(c, wire, node or f"{layer.name}-{index}")
+                    FakeRemote(c, wire, node or f"{layer.name}-{index}", rejoin)
                     for index, (c, wire) in enumerate(zip(loaded, wires[layer.name], strict=True))
                 ]
             components[layer.name] = loaded

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import yaml
 
 from cake_core.connect import Connector, Keyring
+from cake_core.errors import NodeError
 from cake_core.events import ImageDone, ImageStep
 from cake_core.formats.diffusers import DiffusersCheckpoint
 from cake_core.model import LoadOptions
@@ -77,6 +80,20 @@ def test_a_loop_beside_the_denoiser_over_tcp(model: Any) -> None:
         steps = [event for event in runtime.engine.generate(REQUEST) if isinstance(event, ImageStep)]
         assert [step.step for step in steps] == list(range(1, steps[0].steps + 1))
         assert _paint(runtime) == expected
+
+
+def test_a_request_waits_for_a_lost_node_as_long_as_it_was_told(model: Any) -> None:
+    plugins, checkpoint = _plugins(), DiffusersCheckpoint(model("sd15"))
+    options = LoadOptions(dtype="f32", device="cpu")
+    with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
+        runtime = cluster.open_image(rejoin=0.5)
+        events = runtime.engine.generate(replace(REQUEST, steps=50))
+        next(event for event in events if isinstance(event, ImageStep) and event.step == 2)
+        cluster.stop("w0")
+        started = time.monotonic()
+        with pytest.raises(NodeError, match="w0"):
+            list(events)
+        assert 0.4 <= time.monotonic() - started < 20.0, "half a second, not the half minute that it is otherwise"
 
 
 class _Worker:

@@ -141,7 +141,6 @@ def test_long_prompts_are_encoded_in_chunks(kit: Any, model: Any, cluster: Any, 
         ({"sd_unet": "/nowhere/unet.safetensors"}, "--sd-unet must be a file that exists"),
         ({"sd_lora": ("/nowhere/l.safetensors=0.5",)}, "there is no file /nowhere"),
         ({"sd_use_f16": 3}, "--sd-use-f16 must be true or false"),
-        ({"sd_rejoin": -1}, "--sd-rejoin must be a number of seconds"),
     ],
 )
 def test_wrong_options_of_the_process_say_what_is_wrong(extra: dict[str, Any], message: str) -> None:

@@ -218,8 +218,8 @@ def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
                 components[layer] = [component]
             else:
                 # With replicas it is the backend that goes on elsewhere, at once.
-                rejoin = spec.rejoin if len(span.nodes) == 1 else 0.0
-                components[layer] = [RemoteComponent(nodes[name], layer, rejoin) for name in span.nodes]
+                waits = len(span.nodes) == 1
+                components[layer] = [RemoteComponent(nodes[name], layer, spec.rejoin, waits) for name in span.nodes]
         nodes.wait_loaded()
         model = backend.assemble(spec.checkpoint, info, components, spec.options)
     except BaseException:

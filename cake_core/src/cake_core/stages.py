@@ -188,11 +188,14 @@ class RemoteComponent:
     """A component of an image model on a worker. A call is repeated when its node is lost and back within `rejoin`
     seconds: all state is in the call. Constants of a request travel once a link, named by their content."""
 
-    def __init__(self, peer: Peer, name: str, rejoin: float) -> None:
+    def __init__(self, peer: Peer, name: str, rejoin: float, waits: bool = True) -> None:
         self.name = name
         self.node = peer.name
+        self.rejoin = rejoin
+        self.waits = waits
+        """Whether a call waits for a lost node's return. A backend that does so itself, because it has replicas to go on with
+        or wants a cancelled request to end meanwhile, turns it off."""
         self._peer = peer
-        self._rejoin = rejoin
         self._sent: dict[int, set[bytes]] = {}
         self._sent_over: Link | None = None
         self._ids: dict[int, dict[int, tuple[Tensor, bytes]]] = {}
@@ -207,7 +210,7 @@ class RemoteComponent:
         scalars: Mapping[str, Any],
         constants: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
-        until = time.monotonic() + self._rejoin
+        until = time.monotonic() + (self.rejoin if self.waits else 0.0)
         ids = {name: self._id_of(request, tensor) for name, tensor in constants.items()}
         link = self._peer.link()
         while True:

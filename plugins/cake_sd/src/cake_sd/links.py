@@ -60,6 +60,8 @@ class Link(Protocol):
     name: str
     node: str
     """Where it computes; empty for this process."""
+    rejoin: float
+    """Seconds for which its node may be away."""
 
     def run(self, method: str, job: Job, arguments: Arguments) -> Results: ...
 
@@ -70,6 +72,7 @@ class LocalLink:
     """A component that this process loaded: called as it is, nothing is converted or copied."""
 
     node = ""
+    rejoin = 0.0
 
     def __init__(self, component: TorchComponent) -> None:
         self.name = component.name
@@ -90,7 +93,9 @@ class RemoteLink:
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.name = component.name
-        self.node = str(getattr(component, "node", component.name))
+        self.node, self.rejoin = str(getattr(component, "node", component.name)), float(getattr(component, "rejoin", 0.0))
+        if hasattr(component, "waits"):
+            component.waits = False  # Replicas do: another one takes over, and a cancelled request ends meanwhile
         self.component = component
         self._device = device
         self._packers: dict[tuple[int, str], Packer] = {}
@@ -99,11 +104,15 @@ class RemoteLink:
     def run(self, method: str, job: Job, arguments: Arguments) -> Results:
         packer = self._packers.setdefault((job.id, method), Packer(_CHANGING))
         packed = packer.pack(halved(arguments) if method == "forward" else arguments)
-        started, computed = time.perf_counter(), float(getattr(self.component, "seconds", 0.0))
+        started, computed = time.perf_counter(), self._computed
         results = self.component.call(method, job.id, packed.tensors, packed.scalars, packed.constants)
-        job.traffic.computing += float(getattr(self.component, "seconds", 0.0)) - computed
+        job.traffic.computing += self._computed - computed
         self._count(job, started, packed.tensors.values(), packed.constants.values(), results.values())
         return unpack_results(results, self._device)
+
+    @property
+    def _computed(self) -> float:
+        return float(getattr(self.component, "seconds", 0.0))
 
     def _count(self, job: Job, started: float, sent: Any, constants: Any, got: Any) -> None:
         traffic = job.traffic
@@ -137,10 +146,10 @@ def halved(arguments: Arguments) -> dict[str, Any]:
 class Replicas:
     """The components that serve one layer. A call that a lost node fails goes to another, or waits for the node's return."""
 
-    def __init__(self, layer: str, links: Sequence[Link], rejoin: float) -> None:
+    def __init__(self, layer: str, links: Sequence[Link]) -> None:
         self.layer = layer
         self.links = tuple(links)
-        self._rejoin = rejoin
+        self._rejoin = max(link.rejoin for link in links)
         self._lost: dict[int, float] = {}
         self._locks = [threading.Lock() for _ in links]
         self._halves = ThreadPoolExecutor(2, f"cake-sd {layer}") if len(links) > 1 else None

@@ -33,8 +33,8 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class SdOptions:
-    """Switches of this process. `weights`: layer -> file that replaces the model's own. `rejoin`: seconds a step waits for
-    a lost node, or a replica of it, to answer again. `config`: diffusers folder or hub id that a single file lacks."""
+    """Switches of this process. `weights`: layer -> file that replaces the model's own. `config`: diffusers folder
+    or hub id whose configuration a single file lacks."""
 
     version: str | None = None
     use_f16: bool | None = None
@@ -49,7 +49,6 @@ class SdOptions:
     clip_skip: int | None = None
     long_prompts: bool = False
     attention_slice: int | None = None
-    rejoin: float = 30.0
     compile: bool = False
     config: str | None = None
 
@@ -69,7 +68,7 @@ class Asked:
 
 _NAMES = frozenset(
     ("sd_version", "sd_use_f16", "sd_width", "sd_height", "sd_lora", "sd_loop", "sd_parallel", "sd_scheduler", "sd_clip_skip",
-     "sd_long_prompts", "sd_sliced_attention_size", "sd_use_flash_attention", "sd_rejoin", "sd_compile", "sd_config")
+     "sd_long_prompts", "sd_sliced_attention_size", "sd_use_flash_attention", "sd_compile", "sd_config")
 ) | _PATHS.keys() | _TOKENIZERS.keys()  # fmt: skip
 _ASKED = frozenset(("scheduler", "clip_skip", "batch", "preview", "long_prompts", "trace", "version"))
 
@@ -96,7 +95,6 @@ def process_options(options: LoadOptions) -> SdOptions:
         clip_skip=get.number("sd_clip_skip", 0, 100),
         long_prompts=bool(get.switch("sd_long_prompts")),
         attention_slice=get.number("sd_sliced_attention_size", 0, 4096),
-        rejoin=get.seconds("sd_rejoin", 30.0),
         compile=bool(get.switch("sd_compile")),
         config=None if values.get("sd_config") is None else str(values["sd_config"]),
     )
@@ -190,16 +188,6 @@ class _Reader:
         if value is not None and value % 8:
             raise self._wrong(name, "a multiple of 8")
         return value
-
-    def seconds(self, name: str, default: float) -> float:
-        value = self._values.get(name, default)
-        try:
-            seconds = float(value)
-        except (TypeError, ValueError):
-            seconds = -1.0
-        if not 0.0 <= seconds < 86400.0:
-            raise self._wrong(name, "a number of seconds")
-        return seconds
 
     def file(self, name: str) -> Path:
         path = Path(str(self._values[name])).expanduser()

@@ -54,7 +54,7 @@ class Painter:
         self._components = {layer.name: tuple(components[layer.name]) for layer in info.layers}
         abouts = _introduce(checkpoint, self._components, sd)
         home = Home(_dtype(abouts), _device(self._components), TextCache(), _tokenizers(checkpoint, sd))
-        self._replicas = {layer: _replicas(layer, found, home, sd) for layer, found in self._components.items()}
+        self._replicas = {layer: _replicas(layer, found, home) for layer, found in self._components.items()}
         self._lanes = [Lane(checkpoint, self._replicas, sd, home, index) for index in range(lanes_wanted(self._replicas, sd))]
         self._threads = ThreadPoolExecutor(len(self._lanes), "cake-sd lane") if len(self._lanes) > 1 else None
         self._decoders = ThreadPoolExecutor(len(self._lanes), "cake-sd decoding")
@@ -178,11 +178,11 @@ def _device(components: Mapping[str, Sequence[Component]]) -> torch.device:
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def _replicas(layer: str, found: Sequence[Component], home: Home, sd: SdOptions) -> Replicas:
+def _replicas(layer: str, found: Sequence[Component], home: Home) -> Replicas:
     links: list[Link] = [
         LocalLink(c) if isinstance(c, TorchComponent) else RemoteLink(c, home.device) for c in found
     ]  # fmt: skip
-    return Replicas(layer, links, sd.rejoin)
+    return Replicas(layer, links)
 
 
 def _tokenizers(checkpoint: DiffusersCheckpoint, sd: SdOptions) -> dict[str, Any]:
