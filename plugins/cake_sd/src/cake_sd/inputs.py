@@ -74,10 +74,12 @@ def cut_part(tokenizer: Any, prompt: str) -> str | None:
     limit = int(tokenizer.model_max_length)
     if limit > 100_000:
         return None
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    if len(ids) <= limit:
+    whole = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    if len(whole.input_ids) <= limit:
         return None
-    return str(tokenizer.decode(ids[limit - 1 : -1])).strip()
+    if tokenizer.is_fast:  # the user's own words, as they were written
+        return prompt[whole.offset_mapping[limit - 1][0] :].strip()
+    return str(tokenizer.decode(whole.input_ids[limit - 1 : -1])).strip()
 
 
 def chunks(tokenizer: Any, prompt: str) -> list[str]:
