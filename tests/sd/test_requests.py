@@ -42,6 +42,7 @@ def _plan(made: Any, request: ImageRequest) -> Any:
         ({"extra": {"scheduler": "dimm"}}, "scheduler must be one of ddim"),
         ({"extra": {"clip_skip": -1}}, "clip_skip must be a whole number"),
         ({"extra": {"clip_skip": 9}}, "has 3 layers"),
+        ({"extra": {"version": "xl"}}, "the model that is served is no xl; leave version out"),
         ({"extra": {"batch": 99}}, "batch must be a whole number from 1 to 16"),
         ({"extra": {"long_prompts": "maybe"}}, "long_prompts must be true or false"),
         ({"extra": {"scheduler": "flow-euler"}}, "does not fit this model"),

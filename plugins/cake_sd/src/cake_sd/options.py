@@ -58,6 +58,7 @@ class Asked:
     """Switches of one request. `batch`: images denoised in one call. `preview`: `decode` runs the autoencoder, `fast` a
     linear map that costs nothing."""
 
+    version: str | None = None
     scheduler: str | None = None
     clip_skip: int | None = None
     batch: int = 1
@@ -109,6 +110,7 @@ def request_options(request: ImageRequest, process: SdOptions) -> Asked:
     if version is not None and process.version is not None and version != process.version:
         raise RequestError(f"this cluster serves {process.version}, not {version}; leave version out", "version")
     return Asked(
+        version=version or process.version,
         scheduler=get.choice("scheduler", tuple(SCHEDULERS)) or process.scheduler,
         clip_skip=_first(get.number("clip_skip", 0, 100), process.clip_skip),
         batch=get.number("batch", 1, MAX_BATCH) or 1,

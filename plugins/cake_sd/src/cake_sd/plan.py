@@ -51,11 +51,11 @@ def make_plan(request: ImageRequest, lane: Lane, checkpoint: DiffusersCheckpoint
     asked = request_options(request, sd)
     pictures = read_pictures(request)
     task: Task = "text2img" if pictures is None else "img2img" if pictures.mask is None else "inpaint"
-    version = version_named(sd.version) if sd.version else None
+    version = version_named(asked.version) if asked.version else None
     scheduler = asked.scheduler or (version.scheduler if version else None)
     pipeline = lane.pipeline(task, scheduler)
     if version:
-        _check_version(version, pipeline)
+        _check_version(version, pipeline, asked_for=not sd.version)
     takes = accepted(pipeline)
     width, height = _size(request, pictures, pipeline, version, sd)
     call = {**_defaults(checkpoint, version), **_asked(request, asked, takes, pipeline)}
@@ -93,9 +93,11 @@ def _own_size(pipeline: Any) -> int:
     return int(sample) * int(getattr(pipeline, "vae_scale_factor", 8))
 
 
-def _check_version(version: Version, pipeline: Any) -> None:
+def _check_version(version: Version, pipeline: Any, asked_for: bool) -> None:
     unet = getattr(pipeline, "unet", None)
     width = getattr(getattr(unet, "config", None), "cross_attention_dim", None)
+    if width != version.cross_attention and asked_for:
+        raise RequestError(f"the model that is served is no {version.name}; leave version out", "version")
     if width != version.cross_attention:
         raise ConfigError(
             f"the model is no {version.name}: its text conditioning is {width} wide, not {version.cross_attention}; leave "
