@@ -462,11 +462,7 @@ class Tokenizer(Protocol):
 
 
 class Component(Protocol):
-    """A part of an image model, loaded: `clip`, `unet`, `vae`. Calls are blocking and come from one thread at a time.
-
-    One that `assemble` gets from another node is a `cake_core.stages.RemoteComponent`, which tells that node's name, how long
-    it computed, and how long it may be away.
-    """
+    """A part of an image model, loaded: `clip`, `unet`, `vae`. Calls are blocking and come from one thread at a time."""
 
     name: str
 
