@@ -24,6 +24,10 @@ from cake_llama.rotary import Rotary
 from cake_llama.stage import LlamaStage, Session, StageSpec, Step
 from cake_llama.wire import SCALED, TO_TORCH, hidden_from_wire, to_wire
 
+WAITED_FOR = 4
+"""Rows up to which a stage with neighbours waits for the device itself: handing a step to another thread costs more than the
+little that could be done meanwhile."""
+
 
 @dataclass(slots=True)
 class _Flight:
@@ -120,9 +124,13 @@ class CudaStage(LlamaStage):
             self._detailed_under_way = True
         flight.done.record()
         with self._landed:
+            alone = self._in_flight == 0
             self._in_flight += 1
             self._flying.update(row.session for row in batch.rows)
-        self._flights.put(flight)
+        if alone and not self.runs_ahead and len(batch.rows) <= WAITED_FOR:
+            self._complete(flight)
+        else:
+            self._flights.put(flight)
 
     def _mixed(self, batch: Batch) -> Batch:
         """Prompt chunks and single positions together: the single ones by graph, the chunks on the common way."""
@@ -186,17 +194,20 @@ class CudaStage(LlamaStage):
     def _land(self) -> None:
         torch.cuda.set_device(self._device)
         while (flight := self._flights.get()) is not None:
-            try:
-                with torch.inference_mode():
-                    result = self._result(flight)
-            except Exception as error:
-                # Whatever went wrong on the device ends this batch, not the thread that completes all of them.
-                text = f"{self._device}: {type(error).__name__}: {error}"
-                self._set_down(flight)
-                flight.pending.fail(error if isinstance(error, CakeError) else StageError(text))
-            else:
-                self._set_down(flight)
-                flight.pending.set(result)
+            self._complete(flight)
+
+    def _complete(self, flight: _Flight) -> None:
+        try:
+            with torch.inference_mode():
+                result = self._result(flight)
+        except Exception as error:
+            # Whatever went wrong on the device ends this batch, not the thread that completes all of them.
+            text = f"{self._device}: {type(error).__name__}: {error}"
+            self._set_down(flight)
+            flight.pending.fail(error if isinstance(error, CakeError) else StageError(text))
+        else:
+            self._set_down(flight)
+            flight.pending.set(result)
 
     def _set_down(self, flight: _Flight) -> None:
         with self._landed:
