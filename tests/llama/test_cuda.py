@@ -78,7 +78,11 @@ def test_graph_equals_eager(name: str, rows: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_narrow_weights_in_graphs(quantize: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels on narrow weights against the same weights with PyTorch alone; at one row activations have 8 bits."""
+    """Kernels on narrow weights against the same weights with PyTorch alone.
+
+    At one row activations have 8 bits, which moves logits by up to 3 % of their spread, as on the CPU; the 20 largest, which
+    are compared here, spread 0.4 times as far as all of them.
+    """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     checkpoint = checkpoint_of("llama")
