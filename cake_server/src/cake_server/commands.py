@@ -66,10 +66,12 @@ def _with(*groups: tuple[Option, ...]) -> Option:
 def serve(flags: ModelFlags, api: str, name: str, **given: Any) -> None:
     """Serve a model over an OpenAI-compatible REST API, with a web page at /."""
     from cake_core.cli.app import current_app
+    from cake_core.cli.opening import take_short_turns
     from cake_core.transport import Address
     from cake_server.serve import Process, bind
     from cake_server.service import Service
 
+    take_short_turns()
     logging.getLogger("cake_server.access").setLevel(logging.INFO)
     service = Service(make_settings(given), name)
     plugins, started = current_app().plugins, time.monotonic()

@@ -15,7 +15,7 @@ import click
 
 from cake_core.cli.app import current_app
 from cake_core.cli.console import Bars, human_bytes, human_seconds, parse_size
-from cake_core.cli.opening import loading
+from cake_core.cli.opening import loading, take_short_turns
 from cake_core.cli.options import ModelFlags, model_options
 from cake_core.cli.sections import SectionedCommand, option
 from cake_core.errors import CakeError, ConfigError
@@ -54,6 +54,7 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     from cake_core.connect import Connector
     from cake_core.worker import Worker
 
+    take_short_turns()
     plugins, keyring = current_app().plugins, flags.keyring()
     bare = flags.model is None and flags.topology is None
     spec = bare_spec(name, flags, given["cache_size"]) if bare else worker_spec(name, plugins, flags)
