@@ -63,7 +63,7 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
     "guessing": (
         option(
             GUESSING, "--speculate", default="auto", metavar="auto|off|lookup|N", show_default=True,
-            help="Guess tokens from the text: where it pays, never, also on a GPU alone, or at most N a step.",
+            help="Guess tokens from the text: where it pays, never, also on GPUs, or at most N a step.",
         ),
         option(GUESSING, "--draft", metavar="M", help="A small model of the same family to guess with, on this machine."),
     ),

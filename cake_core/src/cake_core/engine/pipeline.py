@@ -39,6 +39,11 @@ class Pipeline:
         self._route: Route | None = None
         self._routes: dict[int, Route] = {}
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a stage that keeps a cache is on a CUDA device."""
+        return any(memory.kv_tokens and memory.device.startswith("cuda") for memory in self.memory())
+
     def route(self) -> Route:
         """The way that batches go now. Raises NodeError when a node has no link."""
         if self._route is None or not self._route.up:

@@ -27,8 +27,8 @@ _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """What the user asked for: `most` guesses a row; `everywhere`: also where the stages run ahead of the engine, which is
-    better than guessing as a rule."""
+    """What the user asked for: `most` guesses a row; `everywhere`: also with stages on a GPU, whose single steps run ahead of
+    the engine or are one graph each: that is better than guessing as a rule."""
 
     most: int = MOST
     everywhere: bool = False

@@ -73,9 +73,10 @@ class TextEngine:
         self._tokenizer = tokenizer
         self._pipeline = pipeline
         self._limits = limits or Limits()
-        if pipeline.runs_ahead and not (speculator is not None and speculator.speculation.everywhere):
-            self._limits, speculator = replace(self._limits, depth=2, ahead=True), None
-        self._pipeline = pipeline
+        if speculator is not None and not speculator.speculation.everywhere and pipeline.on_gpu:
+            speculator = None
+        if pipeline.runs_ahead and speculator is None:
+            self._limits = replace(self._limits, depth=2, ahead=True)
         kv_tokens = pipeline.kv_tokens()
         self._scheduler = Scheduler(self._limits, Ledger(kv_tokens // info.kv_block, info.kv_block), speculator)
         self._orders = itertools.count()

@@ -73,7 +73,8 @@ class Narrow:
         codes = self._codes().to(torch.float32).view(rows, cols // GROUP, GROUP)
         if self.symmetric:
             scales = torch.stack((first, second), -1).repeat_interleave(GROUP // 2, -1)
-            return ((codes - 2 ** (self.bits - 1)) * scales).view(rows, cols)
+            centred: Tensor = codes - 2 ** (self.bits - 1)
+            return (centred * scales).view(rows, cols)
         return (codes * first[..., None] + second[..., None]).view(rows, cols)
 
     def _codes(self) -> Tensor:

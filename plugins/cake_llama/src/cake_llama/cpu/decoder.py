@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from cake_llama.config import ModelConfig
     from cake_llama.model import Block
 
-DECODE_ROWS = 16
-"""Positions up to which a whole step in C is faster than the model's own code."""
-GUESSED_ROWS = 128
-"""The same where positions are guesses: up to here exactness is worth a little, for a step in C gives each position what it
-would give it alone, to the last bit, and so the same text."""
+DECODE_ROWS = 128
+"""Positions up to which a whole step in C is faster than the model's own code, which attends row by row. It also gives each
+position what it would give it alone, to the last bit, so a row with guesses draws the same text."""
 
 KV_TYPES = {
     torch.float32: cake_kernels.TYPES["F32"], torch.float16: cake_kernels.TYPES["F16"],
@@ -123,7 +121,6 @@ class NativeParts(Parts):
     decoder: Decoder = field(kw_only=True)
 
     def through_blocks(self, hidden: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
-        guessed = plan.drawn and len(hidden) > len(plan.rows)
-        if len(hidden) <= (GUESSED_ROWS if guessed else DECODE_ROWS):
+        if len(hidden) <= DECODE_ROWS:
             return self.decoder(hidden, plan)
         return Parts.through_blocks(self, hidden, plan, cache)
