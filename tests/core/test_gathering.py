@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from tests.core.farm import Farm, describe
 
+from cake_core import gathering
 from cake_core.checkpoint import Checkpoint
+from cake_core.cli.options import ModelFlags
 from cake_core.errors import CapacityError, ConfigError
 from cake_core.events import TokenEvent
 from cake_core.gathering import Gathered, Search, Wishes, gather, usable
 from cake_core.model import LoadOptions
+from cake_core.planners import PlanRequest
 from cake_core.profiles import DeviceProfile, LinkProfile, NodeProfile
 from cake_core.requests import TextRequest
 from cake_core.runtime import RunSpec, open_text
@@ -185,3 +188,75 @@ def test_what_workers_takes() -> None:
     for text in (",", "a:x"):
         with pytest.raises(ConfigError):
             addresses(text)
+
+
+def layers_of(gathered: Gathered) -> dict[str, int]:
+    return {node.name: len(node.layers) for node in gathered.topology.nodes}
+
+
+def tight(model: Checkpoint, share: float) -> int:
+    """Memory in which half of the model's layers take `share` for weights and the KV cache of a whole context."""
+    info = describe(model)
+    whole = sum(layer.nbytes + layer.kv_bytes_per_token * info.context_length for layer in info.layers)
+    return int(whole / 2 / share)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_planned_kv_cache_is_asked_of_every_node_where_it_is_tight(farm: Farm, model: Checkpoint, spread: bool) -> None:
+    room = tight(model, 0.7)
+    farm.start("a", memory=room)
+    farm.start("b", memory=room)
+    wishes = Wishes((farm.address("a"), farm.address("b")), spread=spread)
+    workers, _ = look(farm, wishes)
+    small = replace(DESK, devices=(DeviceProfile("cpu", room // 8, 1e10),))
+    gathered = gather(describe(model), Topology(), small, workers, wishes, LoadOptions())
+    assert set(layers_of(gathered)) == {"a", "b"}
+    assert gathered.kv_tokens == describe(model).context_length
+    options = LoadOptions(kv_tokens=gathered.kv_tokens)
+    spec = RunSpec(model, gathered.topology, options, dial=farm.dial, joined=Way(farm).joined, timing=FAST)
+    runtime = open_text(farm.plugins, spec)
+    try:
+        for name in ("a", "b"):
+            serving = farm.workers[name].serving
+            assert serving is not None
+            assert {stage.memory().kv_tokens for stage in serving.stages} == {gathered.kv_tokens}
+    finally:
+        runtime.close()
+
+
+def test_where_there_is_room_every_node_may_provide_more_than_was_planned(farm: Farm, model: Checkpoint) -> None:
+    farm.start("a")
+    wishes = Wishes((farm.address("a"),), spread=True)
+    workers, _ = look(farm, wishes)
+    assert plan(model, workers, wishes).kv_tokens is None
+
+
+def test_a_chain_is_planned_where_every_worker_can_be_dialled(model: Checkpoint) -> None:
+    far = LinkProfile(0.004, 1e9)
+    info, small = describe(model), replace(DESK, devices=(DeviceProfile("cpu", tight(model, 4), 1e10),))
+    fast = NodeProfile("w", (DeviceProfile("cpu", tight(model, 1.0), 1e10),))
+
+    def seconds(route: Any, hosts: int) -> float:
+        found = [
+            Surveyed(n, Address(n, 1) if i < hosts else None, far, {"bare": True}, replace(fast, name=n))
+            for i, n in enumerate("abc")
+        ]
+        ask = PlanRequest(context=info.context_length)
+        planned = gathering._planned(info, gathering.cluster_profile(small, found), ask, route)
+        assert len(planned.topology.nodes) == 3
+        return planned.prediction.seconds_per_token
+
+    star, chain = seconds("star", 3), seconds("chain", 3)
+    assert star - chain == pytest.approx(2 * 0.002, rel=0.01), "two hand-overs, each a hop less"
+    assert seconds("auto", 3) == chain
+    assert seconds("auto", 2) == star
+    assert seconds("chain", 2) == chain
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, 64), (32, 32)])
+def test_what_the_plan_asks_for_is_loaded_unless_somebody_said_otherwise(
+    monkeypatch: pytest.MonkeyPatch, farm: Farm, model: Checkpoint, asked: int | None, told: int
+) -> None:
+    monkeypatch.setattr("cake_core.cli.gather.gathered_topology", lambda *_: Gathered(Topology(), kv_tokens=64))
+    spec = ModelFlags(kv_tokens=asked).run_spec(farm.plugins, model, connector=Way(farm))  # type: ignore[arg-type]
+    assert spec.options.kv_tokens == told

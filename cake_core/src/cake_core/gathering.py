@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from cake_core.chain import Way
 from cake_core.connect import Connector
 from cake_core.discovery import Found, browse
 from cake_core.errors import CakeError
 from cake_core.model import LoadOptions, ModelInfo
-from cake_core.planners import PlanRequest, plan
+from cake_core.planners import Plan, PlanRequest, plan
 from cake_core.planners.request import Objective
 from cake_core.profiles import ClusterProfile, NodeProfile
-from cake_core.spreading import spread
+from cake_core.spreading import KV_SHARE, spread
 from cake_core.survey import Surveyed, survey
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address
@@ -40,13 +41,15 @@ Say = Callable[[str], None]
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """`workers`: where to look, None for the local network. `joining`: wait for workers that dial, up to `wait` seconds.
-    `spread`: use every worker by its memory, also where fewer would do. `plan_for`: what else the planner is to aim at."""
+    `spread`: use every worker by its memory, also where fewer would do. `plan_for`: what else the planner is to aim at.
+    `route`: how batches will cross the workers."""
 
     workers: tuple[Address, ...] | None = None
     joining: bool = False
     wait: float = 10.0
     spread: bool = False
     plan_for: Objective = "latency"
+    route: Way = "auto"
 
 
 class Search:
@@ -134,12 +137,14 @@ def usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The topology to run with, and why workers were left out of it; these may be spares when a node is lost."""
+    """The topology to run with, and why workers were left out of it; these may be spares when a node is lost. `kv_tokens`: what
+    every stage must be told to provide, None where each provides enough by itself."""
 
     topology: Topology
     left_out: Mapping[str, str] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
     spares: tuple[Node, ...] = ()
+    kv_tokens: int | None = None
 
 
 def gather(
@@ -157,14 +162,38 @@ def gather(
     nodes = (*topology.nodes, *(Node(w.name, w.address, ()) for w in workers if w.name not in named))
     whole = Topology(nodes, topology.source)
     cluster = cluster_profile(master, workers)
-    context = options.context or min(info.context_length, CONTEXT)
+    memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
+    positions = options.kv_tokens or options.context or min(info.context_length, CONTEXT)
     if wishes.spread:
-        memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
-        return Gathered(spread(info, whole, memory, options.kv_tokens or context))
-    planned = plan(info, cluster, PlanRequest(context=context, objective=wishes.plan_for, topology=topology))
+        shared = spread(info, whole, memory, positions)
+        return Gathered(shared, kv_tokens=_promise(info, shared, memory, positions))
+    ask = PlanRequest(context=positions, objective=wishes.plan_for, topology=topology)
+    planned = _planned(info, cluster, ask, wishes.route)
     used = {node.name for node in planned.topology.nodes}
     spares = tuple(Node(worker.name, worker.address, ()) for worker in workers if worker.name not in used)
-    return Gathered(planned.topology, planned.left_out, planned.advice, spares)
+    promise = _promise(info, planned.topology, memory, planned.kv_tokens)
+    return Gathered(planned.topology, planned.left_out, planned.advice, spares, promise)
+
+
+def _planned(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest, route: Way) -> Plan:
+    """Plans for the way that batches will really go: a worker hands over only to one with an address."""
+    if route != "star":
+        planned = plan(info, cluster, replace(ask, chain=True))
+        if route == "chain" or all(node.host is not None for node in planned.topology.nodes):
+            return planned
+    return plan(info, cluster, ask)
+
+
+def _promise(info: ModelInfo, topology: Topology, memory: Mapping[str, int], positions: int) -> int | None:
+    """`positions` where the share of memory that a stage takes by itself might hold fewer; elsewhere it may take more."""
+    listed = {layer: node.name for node in topology.nodes for layer in node.layers}
+    left, needed = dict(memory), dict.fromkeys(memory, 0)
+    for layer in info.layers:
+        name = listed.get(layer.name, MASTER)
+        if name in left:  # of a node that a file gives its layers nothing is known
+            left[name] -= layer.nbytes
+            needed[name] += layer.kv_bytes_per_token * positions
+    return positions if any(needed[name] and needed[name] > KV_SHARE * left[name] for name in left) else None
 
 
 def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> ClusterProfile:

@@ -9,6 +9,8 @@ from cake_core.errors import CapacityError
 from cake_core.model import Layer, ModelInfo
 from cake_core.topology import MASTER, Topology
 
+KV_SHARE = 0.5
+"""Share of the memory left after its weights that a stage takes for its KV cache where nobody gave `kv_tokens`."""
 ROOM = 0.9
 """Share of the free memory that weights and KV cache may take."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cake_core.cli.console import human_bytes, note
 from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cake_core.chain import Way
     from cake_core.checkpoint import Checkpoint
     from cake_core.cli.options import ModelFlags
     from cake_core.connect import Connector
@@ -57,7 +58,7 @@ def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:
     joining = flags.listen is not None and (not topology.nodes or any(node.host is None for node in to_fill))
     if flags.workers == "none" and not topology.nodes and not joining:
         return None
-    return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread, flags.plan_for)
+    return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread, flags.plan_for, cast("Way", flags.route))
 
 
 def addresses(workers: str) -> tuple[Address, ...] | None:

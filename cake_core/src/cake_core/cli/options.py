@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -145,7 +145,7 @@ class ModelFlags:
         return RunSpec(
             checkpoint=checkpoint,
             topology=gathered.topology,
-            options=options,
+            options=replace(options, kv_tokens=options.kv_tokens or gathered.kv_tokens),
             dial=connector.dial,
             joined=connector.joined,
             wait=self.wait,

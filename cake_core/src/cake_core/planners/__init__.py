@@ -45,7 +45,7 @@ def plan(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest) -> Plan:
         left_out=reasons(costs, way),
         alone=alone,
         kv_tokens=(ask.context or info.context_length) * ask.streams,
-        advice=tuple(advice(ask, stages, prediction, alone)),
+        advice=tuple(advice(stages, prediction, alone)),
     )
 
 

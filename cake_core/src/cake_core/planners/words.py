@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from cake_core.placement import Placement
 from cake_core.planners.costs import Costs
 from cake_core.planners.fronts import Step
-from cake_core.planners.request import Alone, PlannedStage, PlanRequest, Prediction
+from cake_core.planners.request import Alone, PlannedStage, Prediction
 from cake_core.planners.search import MASTER_INDEX
 from cake_core.profiles import ClusterProfile
 from cake_core.topology import MASTER, Node, Topology
@@ -62,7 +62,7 @@ def _each(costs: Costs, step: Step, layer: int) -> float:
     return device.time[layer + 1] - device.time[layer]
 
 
-def advice(ask: PlanRequest, stages: Sequence[PlannedStage], prediction: Prediction, alone: Alone | None) -> Iterator[str]:
+def advice(stages: Sequence[PlannedStage], prediction: Prediction, alone: Alone | None) -> Iterator[str]:
     """Sentences for people."""
     nodes = list(dict.fromkeys(stage.node for stage in stages))
     ours = prediction.seconds_per_token
@@ -83,8 +83,6 @@ def advice(ask: PlanRequest, stages: Sequence[PlannedStage], prediction: Predict
                 f"{_named(stage.node)} needs {needed:.2f} GB on {stage.device} for weights and KV cache and has {room:.2f} GB: "
                 "give it fewer layers, or a smaller --context"
             )
-    if ask.chain and len(nodes) < 3:
-        yield "a chain saves nothing with fewer than two workers"
 
 
 def _named(node: str) -> str:

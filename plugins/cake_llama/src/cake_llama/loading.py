@@ -12,6 +12,7 @@ import torch
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CapacityError, CheckpointError, ConfigError
 from cake_core.model import LoadOptions, ModelInfo, Progress
+from cake_core.spreading import KV_SHARE
 from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
 from cake_llama.cpu.loader import Treatment, cpu_loader
@@ -28,8 +29,6 @@ from cake_llama.weights import TORCH_DTYPES, WeightSource, weight_source
 
 KV_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}
 
-KV_SHARE = 0.5
-"""Share of the memory left after the weights that the KV cache may take when nobody said how much."""
 KV_CONTEXTS = 4
 """Full contexts of KV cache at most when nobody said how much."""
 
