@@ -94,10 +94,10 @@ def test_shards_by_index_and_by_name(tmp_path):
     ("index", "message"),
     [
         ([], "does not hold a JSON object"),
-        ({}, "no weight_map"),
-        ({"weight_map": {"t": 7}}, "no weight_map"),
-        ({"weight_map": {"t": "../x.safetensors"}}, "outside its folder"),
-        ({"weight_map": {"t": "/etc/passwd"}}, "outside its folder"),
+        ({}, "no usable weight_map"),
+        ({"weight_map": {"t": 7}}, "no usable weight_map"),
+        ({"weight_map": {"t": "../x.safetensors"}}, "cannot be a file beside it"),
+        ({"weight_map": {"t": "/etc/passwd"}}, "cannot be a file beside it"),
         ({"weight_map": {"t": "missing.safetensors"}}, "lacks missing.safetensors"),
     ],
 )

@@ -344,5 +344,5 @@ def test_a_sharded_diffusers_component_is_read_by_its_index(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"lacks .*00001-of-00001"):
         _ = DiffusersCheckpoint(tmp_path / "sd").tensors
     (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"w": "../x"}}')
-    with pytest.raises(CheckpointError, match="no usable weight_map"):
+    with pytest.raises(CheckpointError, match=r"lists '\.\./x'"):
         _ = DiffusersCheckpoint(tmp_path / "sd").tensors

@@ -17,12 +17,13 @@ import pytest
 from cake_core.bundle import layer_files
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CapacityError, CheckpointError, NodeLost
+from cake_core.filenames import is_safe_path
 from cake_core.formats.subset import Image
 from cake_core.model import Layer, LoadOptions, ModelInfo
 from cake_core.resolve import open_path
 from cake_core.testing.toy_gguf import write_toy_gguf
 from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
-from cake_core.weights.manifest import PIECE, FileSpec, is_safe_path, piece_digest
+from cake_core.weights.manifest import PIECE, FileSpec, piece_digest
 from cake_core.weights.packing import Packer, unpack
 from cake_core.weights.store import Store
 from cake_core.weights.supply import ImageSupply

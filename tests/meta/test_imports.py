@@ -10,7 +10,7 @@ from tests.meta.source import EVERY_MODULE, Module
 GROUPS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors",
+        "errors filenames",
         "model requests events checkpoint transport topology png formats config",
         "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
         "strangers handshake gate security units",

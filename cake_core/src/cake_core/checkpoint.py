@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cake_core.errors import CheckpointError
+from cake_core.filenames import is_file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,28 @@ def read_json(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; download it again")
     return value
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of shards lists, all of them beside it.
+
+    Raises CheckpointError, naming the index, when it lists none, what is no file of its folder, or what is not there.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no usable weight_map; download it again")
+    names = sorted(set(weight_map.values()))
+    if strange := [name for name in names if not is_file_name(name)]:
+        raise CheckpointError(f"{index} lists {strange[0]!a:.100}, which cannot be a file beside it; do not trust this model")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {', '.join(missing[:3])} of its index; `cake pull` resumes a download")
+    return [index.parent / name for name in names]
 
 
 def _absent(path: Path) -> dict[str, TensorInfo]:
@@ -144,21 +162,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def _files(self) -> list[Path]:
         if self.path.is_file():
             return [self.path]
-        index = self.json("model.safetensors.index.json")
-        if index is None:
-            files = sorted(self.path.glob("*.safetensors"))
-            if not files and not (self.path / ABSENT).is_file():
-                raise CheckpointError(f"{self.path} has no *.safetensors file; `cake pull` downloads a model")
-            return files
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no weight_map; download it again")
-        names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in names):
-            raise CheckpointError(
-                f"{self.path / 'model.safetensors.index.json'} names files outside its folder; do not trust it"
-            )
-        missing = [name for name in names if not (self.path / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{self.path} lacks {', '.join(missing[:3])} of its index; `cake pull` resumes a download")
-        return [self.path / name for name in names]
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            return indexed_files(index)
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files and not (self.path / ABSENT).is_file():
+            raise CheckpointError(f"{self.path} has no *.safetensors file; `cake pull` downloads a model")
+        return files

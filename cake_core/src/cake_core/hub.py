@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CheckpointError
+from cake_core.filenames import is_file_name
 from cake_core.models import PARTIAL_SUFFIX, SINGLE, HubId, cached, hub_cache, pick_gguf, snapshot
 
 if TYPE_CHECKING:
@@ -75,8 +76,18 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress:
 
 
 def needed_files(hub_id: HubId, names: Iterable[str]) -> list[str]:
-    """Files of a repository that the model needs, small ones first. Raises CheckpointError when it has no usable weights."""
-    names = sorted(names)
+    """Files of a repository that the model needs, small ones first.
+
+    Raises CheckpointError when it has no usable weights, or a file could not be put inside a folder under its name.
+    """
+    needed = _needed(hub_id, sorted(names))
+    for name in needed:
+        if not all(map(is_file_name, name.split("/"))):
+            raise CheckpointError(f"{hub_id.repo} lists {name!a:.100}, which cannot be a file of a folder; do not trust it")
+    return needed
+
+
+def _needed(hub_id: HubId, names: list[str]) -> list[str]:
     if hub_id.file.endswith(SINGLE):
         if hub_id.file not in names:
             have = ", ".join(name for name in names if name.endswith(SINGLE) and "/" not in name) or "none"

@@ -16,6 +16,7 @@ from typing import Literal
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CakeError, CheckpointError, ConfigError
+from cake_core.filenames import is_file_name
 from cake_core.formats.diffusers import MODEL_INDEX
 from cake_core.formats.gguf import GgufCheckpoint, part_files, part_number
 from cake_core.resolve import open_path
@@ -26,7 +27,7 @@ PARTIAL_SUFFIX = ".incomplete"
 SINGLE = ".safetensors"
 _PREFERRED = ("Q4_K_M", "Q8_0", "Q5_K_M", "Q4_0", "Q6_K", "BF16", "F16", "F32")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_HUB_ID = re.compile(rf"^({_PART}/{_PART})(?::([A-Za-z0-9_-]+)|/((?:{_PART}/)*{_PART}\.(?:gguf|safetensors)))?$")
+_HUB_ID = re.compile(rf"({_PART}/{_PART})(?::([A-Za-z0-9_-]+)|/((?:{_PART}/)*{_PART}\.(?:gguf|safetensors)))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class HubId:
 
     @classmethod
     def parse(cls, reference: str) -> HubId | None:
-        match = _HUB_ID.match(reference)
+        match = _HUB_ID.fullmatch(reference)
         return cls(match[1], match[2] or "", match[3] or "") if match else None
 
     def __str__(self) -> str:
@@ -63,9 +64,9 @@ def snapshot(hub_id: HubId) -> Path | None:
     """The folder of the cached revision: the one `main` names, else the newest."""
     snapshots = hub_id.folder / "snapshots"
     try:
-        named = snapshots / (hub_id.folder / "refs" / "main").read_text().strip()
-        if named != snapshots and named.is_dir():
-            return named
+        revision = (hub_id.folder / "refs" / "main").read_text().strip()
+        if is_file_name(revision) and (snapshots / revision).is_dir():
+            return snapshots / revision
     except (OSError, UnicodeDecodeError):
         pass  # no such reference: other tools cache a revision without one
     try:
@@ -259,8 +260,8 @@ def remove(reference: str) -> int:
         raise CheckpointError(f"{reference!r} is not in the cache {hub_cache()}; `cake list` shows what is")
     freed = 0
     for link in [checkpoint.path] if hub_id.file.endswith(SINGLE) else part_files(checkpoint.path):
-        blob = link.parent / link.readlink() if link.is_symlink() else link
-        freed += blob.stat().st_size
-        blob.unlink()
-        link.unlink(missing_ok=True)
+        if (blob := link.resolve()).is_relative_to(hub_id.folder.resolve()):
+            freed += blob.stat().st_size
+            blob.unlink()
+        link.unlink(missing_ok=True)  # one that leads out of the cache leads to a file of your own
     return freed

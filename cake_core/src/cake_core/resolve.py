@@ -28,7 +28,7 @@ def resolve(reference: str) -> Checkpoint | None:
 
         return toy_checkpoint(reference)
     path = Path(os.path.expandvars(reference)).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises an OSError for what is too long to be a path
         return open_path(path)
     from cake_core.models import HubId, cached
 

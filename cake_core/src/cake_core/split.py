@@ -24,6 +24,7 @@ from pathlib import Path
 from cake_core.bundle import bundle_files, tensors_of
 from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, ConfigError, TopologyError
+from cake_core.filenames import is_file_name
 from cake_core.formats.subset import Copied
 from cake_core.model import Backend, ModelInfo, Narrowing, Progress
 from cake_core.placement import Placement, place
@@ -120,7 +121,7 @@ def _plan(
 ) -> tuple[Bundle, dict[str, TensorInfo]]:
     """What goes into a node's bundle. Raises before anything is written."""
     folder = output / f"{name}{SUFFIX}"
-    if Path(name).name != name or name in (".", ".."):
+    if not is_file_name(name) or not is_file_name(folder.name):
         raise TopologyError(f"node {name!r} cannot name a folder; use letters, digits, '-' and '_'")
     if folder.exists() or folder.is_symlink():
         raise ConfigError(f"{folder} is there already; delete it or choose another --output")

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo, read_json
+from cake_core.checkpoint import ABSENT, Checkpoint, TensorInfo, indexed_files, read_json
 from cake_core.errors import CheckpointError
+from cake_core.filenames import is_file_name
 from cake_core.formats.safetensors import read_header
 
 MODEL_INDEX = "model_index.json"
@@ -61,15 +62,15 @@ class DiffusersCheckpoint(Checkpoint):
 
     def component_config(self, component: str) -> Mapping[str, Any] | None:
         """The config.json of one component, None where it has none."""
-        path = self.path / component / "config.json"
+        path = self._folder(component) / "config.json"
         return read_json(path) if path.is_file() else None
 
     def component_files(self, component: str) -> list[Path]:
         """Weight files of one component, in the chosen variant; empty where it has no safetensors.
 
-        Raises CheckpointError when an index names a file that is not there.
+        Raises CheckpointError when an index names a file that is not there, or the component is no name of a folder.
         """
-        folder = self.path / component
+        folder = self._folder(component)
         if not folder.is_dir():
             return []
         variants = _variants(folder)
@@ -78,6 +79,14 @@ class DiffusersCheckpoint(Checkpoint):
             if variant in variants:
                 return _indexed(folder, variant, variants[variant])
         return []
+
+    def _folder(self, component: str) -> Path:
+        if not is_file_name(component):
+            index = self.path / MODEL_INDEX
+            raise CheckpointError(
+                f"{index} lists {component!a:.100}, which cannot be a folder beside it; do not trust this model"
+            )
+        return self.path / component
 
 
 def _variants(folder: Path) -> dict[str, list[Path]]:
@@ -96,12 +105,5 @@ def _indexed(folder: Path, variant: str, files: list[Path]) -> list[Path]:
     """The files that the variant's index lists, if it has one: leftovers of other shardings are not read."""
     suffix = f".{variant}.json" if variant else ".json"
     for index in sorted(folder.glob(f"*.safetensors.index{suffix}")):
-        weight_map = read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise CheckpointError(f"{index} has no usable weight_map; download it again")
-        missing = sorted(name for name in names if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(f"{folder} lacks {', '.join(missing[:3])} of its index; `cake pull` resumes a download")
-        return [folder / name for name in sorted(names)]
+        return indexed_files(index)
     return files

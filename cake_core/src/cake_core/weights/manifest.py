@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cake_core.errors import ProtocolError
+from cake_core.filenames import is_safe_path
 
 PIECE = 1 << 20
 DIGEST = 32
@@ -21,8 +22,6 @@ DIGEST = 32
 MAX_FILES = 4096
 MAX_FILE_BYTES = 1 << 50
 
-_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ ()-]{0,126}[A-Za-z0-9_)-]|[A-Za-z0-9_]")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,15 +32,6 @@ def piece_digest(data: bytes | bytearray | memoryview) -> bytes:
 def is_name(text: object) -> bool:
     """Whether this can be the content name of a file (`Image.name`)."""
     return isinstance(text, str) and _NAME.fullmatch(text) is not None
-
-
-def is_safe_path(text: object) -> bool:
-    """Whether this is `name` or `folder/name` of plain characters: nothing that leads out of the folder it is put into, on any
-    system (no `..`, no absolute path, drive, device, NUL or empty name, nothing hidden, at most 128 characters a part)."""
-    if not isinstance(text, str):
-        return False
-    parts = text.split("/")
-    return len(parts) <= 2 and all(_PART.fullmatch(part) and not _RESERVED.fullmatch(part) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
