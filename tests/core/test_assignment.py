@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,9 +31,10 @@ from cake_core.protocol import Type
 from cake_core.resolve import open_path
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.memory import MemoryTransport
-from cake_core.testing.toys import write_toy_checkpoint
+from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
 from cake_core.weights.manifest import FileSpec
 from cake_core.weights.supply import ImageSupply
+from cake_core.weights.transfer import Transfer
 from cake_core.weights.views import Views
 
 FRONT = ("model.layers.0", "model.layers.1")
@@ -72,6 +74,39 @@ def test_a_bare_worker_loads_what_it_is_assigned(farm: Farm, model: Checkpoint) 
     assert worker.serving.spans == (FRONT,)
     assert received(node) > 0
     assert node.status().state == "up"
+
+
+def test_a_backend_is_warmed_while_weights_are_fetched_and_then_loads(
+    farm: Farm, model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transfer does not get on before `warm` has begun, and nothing is loaded before it is over."""
+    begun, load, transfer, events = threading.Event(), ToyTextBackend.load, Transfer.run, list[str]()
+
+    def warm(self: ToyTextBackend) -> None:
+        begun.set()
+        assert fetched.wait(10)
+        events.append("warm")
+        raise ImportError("there is no such library")
+
+    def run(self: Transfer) -> None:
+        assert begun.wait(10), "not warmed while fetching"
+        transfer(self)
+        events.append("fetched")
+        fetched.set()
+
+    def loads(self: ToyTextBackend, *args: Any, **more: Any) -> Any:
+        events.append("load")
+        return load(self, *args, **more)
+
+    fetched = threading.Event()
+    monkeypatch.setattr(ToyTextBackend, "warm", warm, raising=False)
+    monkeypatch.setattr(ToyTextBackend, "load", loads)
+    monkeypatch.setattr(Transfer, "run", run)
+    farm.start("w")
+    node = farm.node("w", model, FRONT)
+    node.wait_up(10)
+    assert events == ["fetched", "warm", "load"]
+    assert node.status().state == "up", "what warming failed with is for loading to say"
 
 
 def test_what_lies_in_the_cache_is_a_checkpoint(farm: Farm, model: Checkpoint) -> None:

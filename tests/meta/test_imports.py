@@ -13,7 +13,7 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "errors filenames",
         "model requests events checkpoint transport topology png formats config",
         "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
-        "strangers handshake gate security units",
+        "strangers handshake gate security units warming",
         "hookspecs builtin plugins resolve models hub bundle split",
         "connect backoff waiting link reports stage_inputs stages serving weights assignment assigner tenant hops guest "
         "worker "

@@ -21,6 +21,7 @@ from cake_core.protocol import Message, Type
 from cake_core.resolve import open_path
 from cake_core.serving import Serving, ServingSpec
 from cake_core.transport import Address, Channel
+from cake_core.warming import Warming
 from cake_core.weights.store import Store
 from cake_core.weights.supply import LinkSource, StoreSupply, serve_weights
 from cake_core.weights.transfer import Transfer
@@ -201,10 +202,12 @@ class Tenant:
         views.announce(asked.files, asked.model, asked.layers)
         self.means.say(f"{asked.master} assigns {asked.layers} of {asked.model}")
         threading.Thread(target=self._meet, args=(job,), name="cake-peers", daemon=True).start()
+        warming = Warming(b for b in self._plugins.backends.values() if b.model_type == asked.model_type)
         try:
             job.transfer.run()
         finally:
             job.end()
+            warming.wait()
         folder = views.lay_out(asked.files)
         while self._retired:
             self._retired.pop().shutdown()

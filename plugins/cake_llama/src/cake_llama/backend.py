@@ -68,6 +68,9 @@ class LlamaBackend:
 
         return load_stage(checkpoint, info, layers, options, progress)
 
+    def warm(self) -> None:
+        import cake_llama.loading  # noqa: F401 - torch and the stages come with it
+
     def narrow(self, checkpoint: Checkpoint, quantize: str, folder: Path, progress: Progress | None = None) -> Checkpoint:
         from cake_llama.narrow_files import write_narrowed
 

@@ -30,6 +30,12 @@ class SdBackend:
     def describe(self, checkpoint: Checkpoint, options: LoadOptions) -> ModelInfo:
         return layout.describe(_diffusers(checkpoint, process_options(options)), options, self.name)
 
+    def warm(self) -> None:
+        import cake_sd.loading  # noqa: F401 - torch comes with it
+        from cake_sd.quiet import quieten
+
+        quieten()
+
     def load(
         self, checkpoint: Checkpoint, info: ModelInfo, layer: str, options: LoadOptions, progress: Progress | None = None
     ) -> TorchComponent:

@@ -1,0 +1,40 @@
+"""What a backend needs for loading, imported while the weights are still on their way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+from cake_core.model import Backend
+
+log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Warmable(Protocol):
+    """What a backend may offer beside its contract: it can get ready for `load` before there is a checkpoint."""
+
+    def warm(self) -> None:
+        """Imports what `load` will need. Called in a thread, perhaps more than once, perhaps with no `load` to follow."""
+
+
+class Warming:
+    """Warms backends in a thread that starts at once. `wait` for it before loading: imports of one library in two threads wait
+    for each other anyway, and no import is left running when a process ends."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        self._backends = [backend for backend in backends if isinstance(backend, Warmable)]
+        self._thread = threading.Thread(target=self._run, name="cake-warm", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        for backend in self._backends:
+            try:
+                backend.warm()
+            except Exception as error:  # whatever a library does when imported; `load` meets it again and tells the master
+                log.info("%s cannot be warmed: %s: %s", type(backend).__name__, type(error).__name__, error)
