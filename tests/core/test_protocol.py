@@ -75,7 +75,13 @@ def test_errors_keep_their_kind_and_nothing_else_does() -> None:
     unexpected = error_from_fields(error_fields(KeyError("x")))
     assert type(unexpected) is errors.StageError
     assert "KeyError" in str(unexpected)
-    assert type(error_from_fields({"kind": "SystemExit", "message": "no"})) is errors.StageError
+    for fields in (
+        {"kind": "SystemExit", "message": "no"},
+        {"kind": ["NodeLost"], "message": 7},
+        {"message": "no"},
+        {"kind": ""},
+    ):
+        assert type(error_from_fields(fields)) is errors.StageError
 
 
 def prefix(kind: int, rows: int = 0) -> bytes:

@@ -349,6 +349,9 @@ def test_what_is_not_offered_is_not_given(store: Store) -> None:
     for name in ("0" * 64, "../../etc/passwd"):
         with pytest.raises(CheckpointError, match=r"not here|names no content"):
             store.read(name, 0)
+    for piece in (11, 2**62):
+        with pytest.raises(CheckpointError, match="no piece"):
+            store.read(files[0].name, piece)
 
 
 def test_the_cache_is_shown_pruned_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 
 import cbor2
+from tests.fuzz import plausible
 
 from cake_core.framing import MAGIC as STREAM_MAGIC
 from cake_core.handshake import MAGIC as HANDSHAKE_MAGIC
@@ -46,8 +47,33 @@ def protocol_header(rng: random.Random) -> bytes:
 
 
 def _control(rng: random.Random) -> bytes:
-    kind = rng.choice(list(Type))
-    return encode(kind, rng.choice(_EDGES) & 0xFFFFFFFF, {name: _value(rng, 3) for name in rng.sample(_FIELDS, 4)})
+    """A message as its sender would make it; in two of three cases with some of its fields damaged or left out."""
+    kind = rng.choice(tuple(plausible.FIELDS))
+    return control(kind, rng)
+
+
+def control(kind: Type, rng: random.Random) -> bytes:
+    fields = plausible.FIELDS[kind](rng)
+    for name in rng.sample(sorted(fields), min(len(fields), rng.choice((0, 1, 2)))):
+        fields[name] = _damaged_value(fields[name], rng)
+    if fields and rng.random() < 0.1:
+        del fields[rng.choice(sorted(fields))]
+    if rng.random() < 0.1:
+        fields["of a later version"] = _value(rng, 3)
+    return encode(kind, rng.choice(_EDGES) & 0xFFFFFFFF, fields, rng.choice((0, 0, 1, 255)))
+
+
+def _damaged_value(value: object, rng: random.Random) -> object:
+    """Of another type, or, deeper inside, the same with one thing wrong: what is checked first must not hide what is not."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        name = rng.choice(sorted(value))
+        if rng.random() < 0.2:
+            return {key: kept for key, kept in value.items() if key != name}
+        return {**value, name: _damaged_value(value[name], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], *[_damaged_value(value[place], rng)] * rng.choice((0, 1, 1, 2)), *value[place + 1 :]]
+    return rng.choice(_EDGES) if type(value) is int and rng.random() < 0.5 else _value(rng, 3)
 
 
 def _batch(rng: random.Random) -> bytes:
@@ -62,14 +88,10 @@ def _batch(rng: random.Random) -> bytes:
 
 
 def _wild(rng: random.Random) -> bytes:
-    prefix = struct.pack("<BBHIQ", rng.randrange(1, 18), rng.randrange(256), rng.choice(_EDGES) & 0xFFFF, 1, 2)
+    prefix = struct.pack("<BBHIQ", rng.choice((*Type, 0, 17, 255)), rng.randrange(256), rng.choice(_EDGES) & 0xFFFF, 1, 2)
     return prefix + bytes(rng.choice(_CBOR_HEADS) for _ in range(rng.randrange(40)))
 
 
-_FIELDS = (
-    "name", "identity", "fingerprints", "memory", "platform", "session", "spec", "parent", "length", "layer", "method",
-    "image", "scalars", "tensors", "constants", "ids", "kind", "message", "report", "stages", "model_type", "seconds",
-)  # fmt: skip
 _MAKERS: tuple[Callable[[random.Random], bytes], ...] = (_control, _batch, _wild)
 
 

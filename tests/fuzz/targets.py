@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+from cake_core.assignment import Assignment
 from cake_core.bodies import BodyReader
-from cake_core.errors import AuthenticationError, ProtocolError
+from cake_core.codec import error_from_fields, spec_from_fields
+from cake_core.errors import AuthenticationError, CakeError, ProtocolError
+from cake_core.expectation import Expectation
 from cake_core.framing import Inbox
 from cake_core.handshake import NONCE, Handshake
 from cake_core.hello import check_hello
 from cake_core.keys import ClusterKey
-from cake_core.protocol import decode
-from cake_core.transport import MAX_BODY
+from cake_core.profiles import NodeProfile
+from cake_core.protocol import Type, decode
+from cake_core.transport import MAX_BODY, Address
+from cake_core.weights.manifest import is_name
+from cake_core.weights.store import Store
+from cake_core.weights.supply import ImageSupply
 
 KEY = ClusterKey(bytes(range(32)))
 LIMIT = 1 << 20
+EXPECTED = Expectation("text", (("lm_head",),), {"hidden_size": 64}, {"lm_head": "0" * 64})
 
 
 def handshake(data: bytes) -> None:
@@ -62,6 +73,29 @@ def stream(data: bytes) -> None:
                 left = left[count:]
 
 
+def _report(fields: Mapping[str, Any]) -> None:
+    EXPECTED.check(fields, "node", "there")
+
+
+def _fetch(fields: Mapping[str, Any]) -> None:
+    ImageSupply().piece(fields["file"], fields["piece"])
+    Store(Path("nowhere")).path(fields["file"])
+
+
+READERS: Mapping[Type, Callable[[Mapping[str, Any]], object]] = {
+    Type.ATTACHED: _report,
+    Type.OPEN: lambda fields: spec_from_fields(fields["spec"]),
+    Type.ERROR: error_from_fields,
+    Type.NEXT: lambda fields: Address.parse(fields["host"]),
+    Type.PROFILED: lambda fields: NodeProfile.from_fields(fields["profile"]),
+    Type.ASSIGN: lambda fields: Assignment.from_fields(fields).key,
+    Type.LOADED: lambda fields: error_from_fields(fields["error"]),
+    Type.FETCH: _fetch,
+    Type.HOLDS: lambda fields: [name for name in fields["files"] if is_name(name)],
+}
+"""What reads the fields further than `decode` does: each may raise a CakeError, which is answered, and nothing else."""
+
+
 def protocol(data: bytes) -> None:
     """The decoder, and the memory it would have allocated for the body."""
     with contextlib.suppress(ProtocolError):
@@ -71,6 +105,10 @@ def protocol(data: bytes) -> None:
         with contextlib.suppress(ProtocolError):
             memory = BodyReader(LIMIT).allocate(data, min(message.body_length, LIMIT))
             message.tensors(memory)
+        read = READERS.get(message.type)
+        if read is not None:
+            with contextlib.suppress(CakeError):
+                read(message.fields)
     with contextlib.suppress(ProtocolError):
         BodyReader(LIMIT).allocate(data, LIMIT + 1)
 

@@ -5,13 +5,18 @@ The default run is short; `CAKE_FUZZ_FRAMES=1000000` (the full run) is long. Inp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import tracemalloc
 from pathlib import Path
 
 import pytest
-from tests.fuzz import frames, targets
+from tests.fuzz import frames, plausible, targets
+
+from cake_core.errors import CheckpointError, NodeMismatch
+from cake_core.messages import SCHEMAS
+from cake_core.protocol import encode
 
 CORPUS = Path(__file__).parent / "corpus"
 FRAMES = int(os.environ.get("CAKE_FUZZ_FRAMES", "6000"))
@@ -54,6 +59,22 @@ def test_memory_is_bounded_by_the_declared_limits(name):
 def test_the_corpus(path):
     """Named for its target: `handshake-short.bin`."""
     run(path.stem.partition("-")[0], path.read_bytes(), path.name)
+
+
+CONTROL = [kind for kind in targets.Type if kind not in (targets.Type.FORWARD, targets.Type.OUTPUT)]
+
+
+@pytest.mark.parametrize("kind", CONTROL, ids=lambda kind: kind.name)
+def test_every_message_is_read_as_it_is_sent_and_damaged_fields_do_no_harm(kind):
+    fields = plausible.FIELDS[kind](random.Random(0))
+    assert set(SCHEMAS[kind]) <= set(fields)
+    message = targets.decode(encode(kind, 7, fields))
+    assert message.fields == fields
+    if kind in targets.READERS:
+        with contextlib.suppress(CheckpointError, NodeMismatch):  # what was asked for is not here
+            targets.READERS[kind](message.fields)
+    for seed in range(FRAMES // 100):
+        run("protocol", frames.control(kind, random.Random(seed)), f"{kind.name}, seed {seed}")
 
 
 def test_the_fuzzer_reaches_what_it_should():

@@ -68,7 +68,7 @@ def error_from_fields(values: Mapping[str, Any]) -> CakeError:
             errors.RewindError, errors.NodeBusy, errors.NodeUnassigned,
         )
     }  # fmt: skip
-    return kinds.get(values["kind"], errors.StageError)(values["message"])
+    return kinds.get(str(values.get("kind")), errors.StageError)(str(values.get("message", "no reason given")))
 
 
 def content_id(tensor: Tensor) -> bytes:

@@ -155,6 +155,8 @@ class Store:
         path = self.path(name)
         if not is_regular(path):
             raise CheckpointError(f"{name} is not here (any more)")
+        if piece * PIECE >= path.stat().st_size:
+            raise CheckpointError(f"{name} has no piece {piece}")
         with path.open("rb") as stream:
             stream.seek(piece * PIECE)
             data = stream.read(PIECE)
