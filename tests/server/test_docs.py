@@ -9,11 +9,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import pytest
 
+from cake_core.cli.main import COMMANDS, make_cli
+from cake_core.plugins import Plugins
 from cake_core.runtime import ImageRuntime, TextRuntime
-from cake_server.commands import serve
+from cake_server.commands import serve, status
 
 DOCS = Path(__file__).parents[2] / "docs"
 API = (DOCS / "api.md").read_text("utf-8")
@@ -71,8 +74,16 @@ def test_every_endpoint_of_the_table_exists(api: httpx.Client) -> None:
         assert re.sub(r"\{\w+\}", "{}", path) in known | {"/", "/docs", "/schema/openapi.json"}, path
 
 
+def options_of(command: click.Command) -> set[str]:
+    """Also those of its subcommands."""
+    own = {name for parameter in command.params for name in parameter.opts}
+    return own.union(*(options_of(child) for child in getattr(command, "commands", {}).values()))
+
+
 def test_every_option_that_is_mentioned_exists() -> None:
-    known = {name for parameter in serve.params for name in parameter.opts}
+    cli = make_cli(Plugins(entries=()))
+    core = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
+    known = set[str]().union(*(options_of(command) for command in [serve, status, *core] if command is not None))
     serving = OPERATIONS.split("## Load")[0] + API
     mentioned = set(
         re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"```python.*?```|lm_eval [^`]*", "", serving, flags=re.DOTALL))

@@ -38,8 +38,9 @@ _ADDED = DENOISER + "label_emb.0.0.weight"
 
 
 def is_single_file(checkpoint: Checkpoint) -> bool:
-    """Whether it holds a pipeline under its trainers' names, or is a bundle of one."""
-    marks = (DENOISER, *BARE, *_OTHERS)
+    """Whether it holds a pipeline under its trainers' names, or is a bundle of one: told by the denoiser, whose headers each
+    bundle has."""
+    marks = (DENOISER, *BARE)
     return isinstance(checkpoint, SafetensorsCheckpoint) and any(name.startswith(marks) for name in checkpoint.headers)
 
 
