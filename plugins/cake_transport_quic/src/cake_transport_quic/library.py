@@ -6,6 +6,7 @@ The connection is used without asyncio: datagrams and the time go in, datagrams,
 from __future__ import annotations
 
 import hashlib
+import logging
 import ssl
 from dataclasses import dataclass
 
@@ -45,7 +46,9 @@ __all__ = [
 
 IDLE = 15.0
 """Seconds of silence after which a connection is given up; core notices a frozen peer earlier."""
-_ALPN = {True: "cake/1", False: "cake-insecure/1"}
+_ALPN = ["cake/1"]
+"""The same with and without a key: where the ends differ, core's handshake says so on both of them, and QUIC would on one."""
+logging.getLogger("quic").setLevel(logging.ERROR)  # its warnings are of what `Connection` tells, with the address
 _SMALLEST_INITIAL = 1200
 
 
@@ -59,15 +62,15 @@ class Arrival:
     version: int | None
 
 
-def listening(identity: Identity, encrypted: bool) -> QuicConfiguration:
-    """QUIC always encrypts; `encrypted` False only means that nobody authenticates, which both ends must have chosen."""
-    configuration = QuicConfiguration(is_client=False, alpn_protocols=[_ALPN[encrypted]], idle_timeout=IDLE)
+def listening(identity: Identity) -> QuicConfiguration:
+    """QUIC always encrypts, with --insecure too, where nobody authenticates."""
+    configuration = QuicConfiguration(is_client=False, alpn_protocols=_ALPN, idle_timeout=IDLE)
     configuration.load_cert_chain(identity.certificate, identity.key)
     return configuration
 
 
-def dialling(encrypted: bool) -> QuicConfiguration:
-    configuration = QuicConfiguration(is_client=True, alpn_protocols=[_ALPN[encrypted]], idle_timeout=IDLE)
+def dialling() -> QuicConfiguration:
+    configuration = QuicConfiguration(is_client=True, alpn_protocols=_ALPN, idle_timeout=IDLE)
     # Core binds the cluster key to the listener's certificate; a name in it would prove nothing.
     configuration.verify_mode = ssl.CERT_NONE
     configuration.server_name = "cake"

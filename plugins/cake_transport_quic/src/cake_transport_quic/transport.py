@@ -42,7 +42,7 @@ class QuicTransport:
                 return _open(*shared, identity is not None, max(0.1, deadline - time.monotonic()))
             except ChannelClosed:
                 pass  # it ended just now; a new one will do
-        endpoint, connection = _connect(address, identity is not None, deadline)
+        endpoint, connection = _connect(address, deadline)
         with self._lock:
             self._dialled[address, identity is not None] = (endpoint, connection)
         return _open(endpoint, connection, identity is not None, max(0.1, deadline - time.monotonic()))
@@ -67,7 +67,7 @@ class QuicListener(Listener):
         def welcome(quic: library.QuicConnection, where: Any) -> Connection:
             return Connection(quic, _name(where), self._endpoint.run, binding, self._arrived)
 
-        self._endpoint = Endpoint(sock, library.listening(shown, identity is not None), welcome)
+        self._endpoint = Endpoint(sock, library.listening(shown), welcome)
         self._endpoint.start()
 
     def accept(self, timeout: float | None = None) -> QuicChannel:
@@ -95,7 +95,7 @@ class QuicListener(Listener):
             self._arrivals.put(channel)
 
 
-def _connect(address: Address, encrypted: bool, deadline: float) -> tuple[Endpoint, Connection]:
+def _connect(address: Address, deadline: float) -> tuple[Endpoint, Connection]:
     try:
         infos = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
     except OSError as error:
@@ -112,7 +112,7 @@ def _connect(address: Address, encrypted: bool, deadline: float) -> tuple[Endpoi
             why = error.strerror or str(error)
             continue
         endpoint = Endpoint(sock)
-        quic = library.QuicConnection(configuration=library.dialling(encrypted))
+        quic = library.QuicConnection(configuration=library.dialling())
         connection = Connection(quic, str(address), endpoint.run, None)
         endpoint.add(connection)
         quic.connect(where, time.monotonic())
@@ -122,7 +122,7 @@ def _connect(address: Address, encrypted: bool, deadline: float) -> tuple[Endpoi
         why = connection.failure or "no answer; is UDP let through by its firewall?"
         endpoint.run(lambda c=connection: c.fail("given up"))  # type: ignore[misc] # the loop's connection, not its last
     if "alert" in why.lower() or "protocol" in why.lower():
-        raise TransportError(f"{address}: {why}; start both ends with the cluster key or both with --insecure")
+        raise TransportError(f"{address} does not speak Cake's protocol ({why}); check the address and the port")
     raise NodeUnreachable(f"cannot reach {address}: {why}", address=str(address))
 
 
