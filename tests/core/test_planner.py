@@ -92,6 +92,12 @@ def test_devices_of_a_worker_are_filled_fastest_first_and_cost_no_link():
     assert len([span for span in found.placement.spans if span.node == "a"]) == 1
 
 
+def test_devices_go_in_the_order_in_which_their_node_fills_them():
+    fast, slow = DeviceProfile("gpu", 2 * GB, 900 * GB), DeviceProfile("cpu", int(1.2 * GB), 20 * GB)
+    found = planned(cluster(node("master", 0.7, 30), NodeProfile("a", (slow, fast))))
+    assert [stage.device for stage in found.stages if stage.node == "a"] == ["cpu", "gpu"]
+
+
 def test_kv_cache_of_the_context_counts():
     whole = cluster(node("master", 3.1, 50), node("a", 8, 20))
     assert planned(whole, context=16).placement.nodes == ("master",)

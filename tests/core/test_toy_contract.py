@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from cake_core.devices import load_text
 from cake_core.model import LoadOptions
 from cake_core.testing.contracts import ImageBackendContract, TextBackendContract
 from cake_core.testing.toy_layers import START, load_embedding, load_head, load_mixer, load_norm
@@ -43,6 +46,30 @@ class TestRecurrentToy(TestToy):
     @pytest.fixture
     def options(self):
         return LoadOptions()
+
+
+class OnDevices(ToyTextBackend):
+    """Every run of layers over two devices, or three."""
+
+    name = "toy"
+
+    def load(self, checkpoint, info, layers, options, progress=None):
+        devices = "a,b" if len(layers) % 2 else "a,b,c"
+        return load_text(ToyTextBackend(), checkpoint, info, layers, replace(options, device=devices), progress)
+
+
+class TestToyOnDevices(TestToy):
+    """A node with several devices serves as one with a single one does."""
+
+    @pytest.fixture
+    def backend(self):
+        return OnDevices()
+
+
+class TestRecurrentToyOnDevices(TestRecurrentToy):
+    @pytest.fixture
+    def backend(self):
+        return OnDevices()
 
 
 class TestToyImage(ImageBackendContract):

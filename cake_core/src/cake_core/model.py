@@ -137,7 +137,8 @@ class ModelInfo:
 class LoadOptions:
     """How weights are loaded on one node; every value may be left to the backend.
 
-    `dtype`: auto, f32, f16, bf16. `device`: auto, cpu, cuda, cuda:1, mps, xpu. `threads`: compute threads.
+    `dtype`: auto, f32, f16, bf16. `device`: auto, cpu, cuda, cuda:1, mps, xpu; of several (`devices`) `load` is given one.
+    `threads`: compute threads.
     `context`: most positions a session may have. `kv_tokens`: positions of KV cache to provide for all sessions together.
     `quantize`: none, int8, int4. `kv_dtype`: auto, f32, f16, bf16, int8. `extra`: a backend's own options.
     """

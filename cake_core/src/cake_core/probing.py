@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cake_core import __version__
+from cake_core.devices import devices_of
 from cake_core.errors import CakeError, ConfigError
 from cake_core.model import Backend, LoadOptions
 from cake_core.plugins import Plugins
@@ -42,7 +43,7 @@ class Prober:
         if not isinstance(found, Profiler):
             return NodeProfile(name, (self.otherwise(),), time.time())
         try:
-            devices = tuple(self._device(found, device, kept) for device in self.options.device.split(","))
+            devices = tuple(self._device(found, device, kept) for device in devices_of(self.options))
         except (CakeError, ImportError) as error:
             log.warning("cannot measure for %s: %s", backend, error)
             devices = (self.otherwise(),)

@@ -99,7 +99,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True)
 class NodeProfile:
-    """One machine: its devices, fastest or not, in the order it wants them used where they are equal.
+    """One machine: its devices, in the order in which it fills them: the fastest first, where whoever named them knew.
 
     `measured_at` is seconds since 1970 (0: written by hand). `host` is where the node is reached, empty when it dials.
     """

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
+from cake_core.devices import component_options, load_text
 from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
@@ -166,7 +167,8 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
         indices: dict[str, int] = {}
         for span in placement.spans:
             if span.node == MASTER:
-                stage = LocalStage(MASTER, backend.load(spec.checkpoint, info, span.layers, spec.options, _bound(spec, span)))
+                loaded = load_text(backend, spec.checkpoint, info, span.layers, spec.options, _bound(spec, span))
+                stage = LocalStage(MASTER, loaded)
                 local.append(stage)
                 stages.append(stage)
             else:
@@ -193,7 +195,7 @@ def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
     if spec.on_loss == "replan":
 
         def load(layers: tuple[str, ...]) -> LocalStage:
-            return LocalStage(MASTER, backend.load(spec.checkpoint, info, layers, spec.options))
+            return LocalStage(MASTER, load_text(backend, spec.checkpoint, info, layers, spec.options))
 
         runtime._replanner = Replanner(plugins, info, nodes, Cast(spec, placement, local), load, runtime.recast)
         runtime._replanner.start(engine)
@@ -213,7 +215,8 @@ def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
         for span in placement.spans:
             layer = span.layers[0]
             if span.node == MASTER:
-                component = backend.load(spec.checkpoint, info, layer, spec.options, _bound(spec, span))
+                options = component_options(spec.options, len(local))
+                component = backend.load(spec.checkpoint, info, layer, options, _bound(spec, span))
                 local.append(component)
                 components[layer] = [component]
             else:

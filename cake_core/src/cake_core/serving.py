@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.devices import component_options, load_text
 from cake_core.model import Component, ImageBackend, LoadOptions, ModelInfo, TextBackend
 from cake_core.plugins import Plugins
 from cake_core.stages import LocalStage
@@ -61,10 +62,11 @@ class Serving:
         spec = self._spec
         if self.info.model_type == "text":
             text = cast("TextBackend", self.backend)
-            self.stages.append(LocalStage(spec.node, text.load(spec.checkpoint, self.info, layers, spec.options, report)))
+            self.stages.append(LocalStage(spec.node, load_text(text, spec.checkpoint, self.info, layers, spec.options, report)))
         else:
             image = cast("ImageBackend", self.backend)
-            self.components[layers[0]] = image.load(spec.checkpoint, self.info, layers[0], spec.options, report)
+            options = component_options(spec.options, len(self.components))
+            self.components[layers[0]] = image.load(spec.checkpoint, self.info, layers[0], options, report)
 
     def report(self) -> dict[str, Any]:
         """Its part of an ATTACHED or REPORT."""

@@ -29,7 +29,10 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
     ),
     "load": (
         option(LOADING, "--dtype", default="auto", metavar="D", help="auto, f32, f16 or bf16.", show_default=True),
-        option(LOADING, "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, xpu.", show_default=True),
+        option(
+            LOADING, "--device", default="auto", metavar="D", show_default=True,
+            help="auto, cpu, cuda, cuda:1, mps, xpu, or several, the fastest first: cuda:0,cuda:1,cpu.",
+        ),
         option(LOADING, "--threads", type=int, metavar="N", help="Compute threads on a CPU."),
         option(LOADING, "--context", type=int, metavar="N", help="Most tokens of prompt and answer together."),
         option(LOADING, "--kv-tokens", type=int, metavar="N", help="Tokens of KV cache for all sessions together."),

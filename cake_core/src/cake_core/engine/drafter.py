@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.devices import devices_of
 from cake_core.engine.prefix import common_prefix
 from cake_core.engine.sequence import Sequence
 from cake_core.errors import CapacityError, ConfigError
@@ -106,7 +107,7 @@ def load_drafter(plugins: Plugins, checkpoint: Checkpoint, options: LoadOptions,
     backend = cast("TextBackend", plugins.backend_for(checkpoint, "text"))
     tokenizer = backend.tokenizer(checkpoint)
     check_same_tokens(tokenizer, model)
-    options = replace(options, kv_tokens=None, context=None)
+    options = replace(options, device=devices_of(options)[0], kv_tokens=None, context=None)
     info = backend.describe(checkpoint, options)
     stage = backend.load(checkpoint, info, [layer.name for layer in info.layers], options)
     return Drafter(LocalStage(MASTER, stage), min(info.vocab_size, model.vocab_size))

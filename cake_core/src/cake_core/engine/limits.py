@@ -18,7 +18,7 @@ def fitting_limits(stages: Sequence[Stage]) -> Limits:
     smaller pieces, enough to fill the wires as well. Larger chunks where every stage is on a GPU, which a small one leaves
     idle."""
     memories = [stage.memory() for stage in stages]
-    fast = all(memory.device.startswith("cuda") for memory in memories)
+    fast = all(device.startswith("cuda") for memory in memories for device in memory.device.split(","))
     nodes = len({stage.node for stage, memory in zip(stages, memories, strict=True) if memory.kv_tokens}) or 1
     chunk, piece = (GPU_CHUNK, GPU_PIECE) if fast else (CHUNK, PIECE)
     if not any(isinstance(stage, RemoteStage) for stage in stages):

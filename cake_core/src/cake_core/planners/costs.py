@@ -44,7 +44,7 @@ class DeviceCosts:
 
 @dataclass(frozen=True, slots=True)
 class NodeCosts:
-    """A node: its devices in the order in which layers go through them, the fastest first."""
+    """A node: its devices in the order in which layers go through them and the node fills them."""
 
     name: str
     devices: tuple[DeviceCosts, ...]
@@ -98,8 +98,7 @@ def model_costs(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest) -> C
 
 
 def _node_costs(info: ModelInfo, profile: NodeProfile, ask: PlanRequest, position: int, rows: int) -> NodeCosts:
-    devices = [_device_costs(info, device, ask, position, rows) for device in profile.devices]
-    return NodeCosts(profile.name, tuple(sorted(devices, key=lambda device: device.time[-1])))
+    return NodeCosts(profile.name, tuple(_device_costs(info, device, ask, position, rows) for device in profile.devices))
 
 
 def _device_costs(info: ModelInfo, device: DeviceProfile, ask: PlanRequest, position: int, rows: int) -> DeviceCosts:

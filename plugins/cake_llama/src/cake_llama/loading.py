@@ -17,7 +17,7 @@ from cake_llama.cache import BLOCK, KvCache
 from cake_llama.config import ModelConfig
 from cake_llama.cpu.loader import Treatment, cpu_loader
 from cake_llama.grammar import Grammars
-from cake_llama.memory import available_bytes
+from cake_llama.memory import available_bytes, current
 from cake_llama.model import Dtypes, Loader, Parts
 from cake_llama.names import EMBED, HEAD, NORM, layer_weights
 from cake_llama.narrow import NarrowedWeights
@@ -64,7 +64,7 @@ def load_stage(
         loader: Loader = NarrowLoader(config, source, device, dtypes, device.type == "cuda" and _has_triton(), moved)
     else:
         loader = own or Loader(config, source, device, dtypes, moved)
-    with torch.inference_mode():
+    with torch.inference_mode(), current(device):
         parts = _parts(loader, layers, dtypes.computed)
     kv_dtype = dtypes.stored if options.kv_dtype == "auto" else KV_DTYPES[options.kv_dtype]
     cache = KvCache(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,11 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.mem_get_info(device)[0])
     return _host_bytes()
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Has kernels of ours start on a device, which they do on the thread's current one: a node may have several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def total_bytes(device: torch.device) -> int:

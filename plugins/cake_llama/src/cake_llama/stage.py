@@ -14,6 +14,7 @@ from cake_llama.attention import RowPlan, StepPlan
 from cake_llama.cache import BLOCK, KvCache, Table
 from cake_llama.config import ModelConfig
 from cake_llama.grammar import Grammar, Grammars
+from cake_llama.memory import current
 from cake_llama.model import Dtypes, Parts
 from cake_llama.rotary import Rotary, for_rotation
 from cake_llama.wire import FROM_TORCH, SCALED, TO_TORCH, hidden_from_wire, hidden_to_wire
@@ -136,7 +137,7 @@ class LlamaStage:
     def submit(self, batch: Batch) -> Pending:
         pending = Pending()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), current(self._device):
                 steps = self._check(batch)
                 try:
                     pending.set(self._run(batch, steps))
