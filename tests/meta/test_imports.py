@@ -15,10 +15,9 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
         "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
         "strangers handshake gate security units warming",
         "hookspecs builtin plugins resolve models hub bundle split",
-        "connect backoff waiting link reports stage_inputs stages relay devices serving weights assignment assigner tenant "
-        "hops guest worker "
-        "chain expectation cluster discovery probing survey engine nodes replan runtime "
-        "gathering",
+        "connect backoff waiting link reports stage_inputs stages relay devices",
+        "serving weights assignment tenant hops guest worker",
+        "assigner chain expectation cluster discovery probing survey engine nodes replan runtime gathering",
         "bench",
         "cli __main__",
         "testing",
