@@ -158,7 +158,7 @@ def test_hostile_markdown_stays_text(page: Any, start: Any, scripted: Any) -> No
 class DeadWorker:
     """A cluster one of whose workers is gone."""
 
-    def statuses(self) -> list[NodeStatus]:
+    def statuses(self, fresh: bool = False) -> list[NodeStatus]:
         return [NodeStatus("attic", "10.0.0.7:10128", "down", ("lm_head",), 0.0, "connection refused")]
 
     def missing(self) -> CakeError | None:
