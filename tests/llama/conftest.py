@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         return made[name]
 
     return model_of
+
+
+@pytest.fixture
+def block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the model's own code serve short batches too, which cake-kernels, where it is installed, would run as steps in C."""
+    if find_spec("cake_kernels") is not None:
+        from cake_llama.cpu import decoder
+
+        monkeypatch.setattr(decoder, "DECODE_ROWS", 0)

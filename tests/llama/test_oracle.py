@@ -38,6 +38,13 @@ def pieces_of(length: int, sizes: Sequence[int]) -> list[int]:
     return found
 
 
+@pytest.fixture(params=["steps in C where they can be", "block by block"])
+def _either_way(request: pytest.FixtureRequest) -> None:
+    if request.param == "block by block":
+        request.getfixturevalue("block_by_block")
+
+
+@pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("name", CASES)
 def test_whole_prefill(model_of: ModelOf, name: str) -> None:
     folder, oracle = model_of(name)
@@ -46,6 +53,7 @@ def test_whole_prefill(model_of: ModelOf, name: str) -> None:
     assert difference(stage_logits(chain, tokens, [len(tokens)]), oracle.logits(tokens)) < BOUND
 
 
+@pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("name", CASES)
 def test_chunked_prefill(model_of: ModelOf, name: str) -> None:
     """Chunks of odd lengths, below and above a block, across the window and the trained length."""
@@ -57,6 +65,7 @@ def test_chunked_prefill(model_of: ModelOf, name: str) -> None:
         assert difference(stage_logits(chain, tokens, pieces_of(len(tokens), sizes)), expected) < BOUND
 
 
+@pytest.mark.usefixtures("_either_way")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("prompt", [6, TRAINED + 3], ids=["short", "long"])
 def test_decode(model_of: ModelOf, name: str, prompt: int) -> None:

@@ -106,6 +106,7 @@ def test_short_factors_matter_within_the_trained_length(
     assert _differs(model_of("llama-longrope"), TRAINED) > VISIBLE
 
 
+@pytest.mark.usefixtures("block_by_block")
 def test_heads_share_keys_in_groups(model_of: Callable[[str], tuple[Path, Oracle]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two heads to one pair of keys and values; with one pair for all, or one of each head's own, shapes do not fit."""
     from cake_llama import model
