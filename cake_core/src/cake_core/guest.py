@@ -6,7 +6,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from cake_core.bodies import split_buffers
@@ -14,7 +13,7 @@ from cake_core.codec import spec_from_fields
 from cake_core.errors import CakeError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
 from cake_core.hops import Forward, Hops
 from cake_core.link import Link
-from cake_core.model import Batch, Tensor
+from cake_core.model import Batch, Row, Tensor
 from cake_core.profiles import NodeProfile
 from cake_core.protocol import CHAINED, Message, Type, tensor_fields
 from cake_core.serving import Serving
@@ -204,7 +203,7 @@ class Guest:
 
     def _forward(self, message: Message, body: memoryview) -> None:
         stage, tensors = self._stage(message), message.tensors(body)
-        rows = tuple(replace(row, session=self._own(message.stage, row.session)) for row in message.rows)
+        rows = tuple(Row(self._own(message.stage, r.session), r.position, r.length, r.want, r.rewind) for r in message.rows)
         pending = stage.submit(Batch(rows, inputs_of(stage.layers, tensors)))
         pending.when_done(lambda done: self.hops.deliver(message, tensors, done))
 
