@@ -22,7 +22,7 @@ from collections import deque
 
 from cake_core import security
 from cake_core.errors import TransportError
-from cake_core.keys import ClusterKey
+from cake_core.security.keys import ClusterKey
 from cake_core.transport import Address, Channel
 from cake_transport_tcp.transport import TcpTransport
 

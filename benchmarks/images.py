@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from cake_core.connect import Connector, Keyring
 from cake_core.events import ImageDone, ImageStep
 from cake_core.formats.diffusers import DiffusersCheckpoint
+from cake_core.links.connect import Connector, Keyring
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.requests import ImageRequest

@@ -19,7 +19,7 @@ from shaped import Shape, ShapedTransport
 from sleeping import LAYERS, SleepingCheckpoint, Speed, sleeping_plugins
 
 from cake_core.events import TokenEvent
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import TextRuntime
 from cake_core.testing.cluster import LocalCluster

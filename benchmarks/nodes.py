@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cake_core.connect import Connector, Keyring
+from cake_core.links.connect import Connector, Keyring
 from cake_core.plugins import Plugins
 from cake_core.runtime import RunSpec
 from cake_core.topology import load_topology

@@ -20,16 +20,16 @@ from pathlib import Path
 
 from relay import relay_tcp
 
-from cake_core.connect import Connector, Keyring
-from cake_core.gathering import cluster_profile
+from cake_core.cluster.gathering import cluster_profile
+from cake_core.cluster.probing import Prober
+from cake_core.cluster.survey import Surveyed, survey
+from cake_core.links.connect import Connector, Keyring
 from cake_core.model import LoadOptions
 from cake_core.placement import place
 from cake_core.planners import PlanRequest, plan, predict
 from cake_core.plugins import Plugins
-from cake_core.probing import Prober
 from cake_core.profiles import ClusterProfile
 from cake_core.split import topology_text
-from cake_core.survey import Surveyed, survey
 from cake_core.topology import MASTER, Node, Topology, expand
 from cake_core.transport import Address
 

@@ -25,7 +25,7 @@ from cake_core.engine.speculation import MOST, Speculation
 from cake_core.engine.speculator import Speculator
 from cake_core.engine.text import TextEngine
 from cake_core.events import Finished, TokenEvent
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.model import LoadOptions, Tokenizer
 from cake_core.models import packaged_default
 from cake_core.plugins import Plugins

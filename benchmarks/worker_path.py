@@ -22,14 +22,14 @@ from collections.abc import Callable
 from sleeping import LAYERS, SleepingCheckpoint, Speed, sleeping_plugins
 from transport import seconds_for, serve_socket, socket_asker
 
-from cake_core.bodies import BodyReader
-from cake_core.codec import spec_to_fields
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.model import Batch, Row, SessionSpec, Tensor, Want
-from cake_core.protocol import Type, decode, encode, encode_batch
 from cake_core.requests import SamplingParams
 from cake_core.testing.cluster import LocalCluster
 from cake_core.transport import Address
+from cake_core.wire.bodies import BodyReader
+from cake_core.wire.codec import spec_to_fields
+from cake_core.wire.protocol import Type, decode, encode, encode_batch
 from cake_transport_tcp.transport import TcpTransport
 
 SIZE = 16384

@@ -7,26 +7,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from cake_core.assigner import NodeAssigner
 from cake_core.assignment import Assignment
 from cake_core.bundle import layer_files
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import RemoteNode
+from cake_core.cluster.assigner import NodeAssigner
+from cake_core.cluster.expectation import Expectation
+from cake_core.cluster.node import RemoteNode
 from cake_core.errors import ProtocolError
-from cake_core.expectation import Expectation
-from cake_core.link import Handler, Link
+from cake_core.links.link import Handler, Link
 from cake_core.model import LoadOptions, ModelInfo
 from cake_core.plugins import Plugins
 from cake_core.profiles import DeviceProfile, NodeProfile
-from cake_core.protocol import Message
-from cake_core.tenant import Means
 from cake_core.testing.cluster import FAST, LocalCluster, OpenGate
 from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import ToyTextBackend
 from cake_core.transport import Address, Channel
 from cake_core.weights.store import Store
 from cake_core.weights.supply import ImageSupply
-from cake_core.worker import BareSpec, Worker
+from cake_core.wire.protocol import Message
+from cake_core.worker.tenant import Means
+from cake_core.worker.worker import BareSpec, Worker
 
 
 def describe(model: Checkpoint) -> ModelInfo:

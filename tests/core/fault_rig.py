@@ -12,14 +12,14 @@ from tests.core.test_worker import wait_for
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import ChannelClosed, NodeUnreachable
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.model import Buffer
 from cake_core.plugins import Plugins
-from cake_core.protocol import Type
 from cake_core.runtime import TextRuntime
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.faults import Faults, FaultyChannel
 from cake_core.transport import Address, Channel, Listener, Transport
+from cake_core.wire.protocol import Type
 
 Kind = Literal["killed", "frozen", "cut", "garbage"]
 KINDS: tuple[Kind, ...] = ("killed", "frozen", "cut", "garbage")

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Generator
 
 from cake_core.errors import ChannelClosed, DeadlineExceeded, TransportError
-from cake_core.handshake import authenticate_dialler, authenticate_listener
-from cake_core.keys import ClusterKey
+from cake_core.security.handshake import authenticate_dialler, authenticate_listener
+from cake_core.security.keys import ClusterKey
 from cake_core.transport import Channel
 
 KEY = ClusterKey(bytes(range(32)))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tests.core.farm import Farm, describe
 
-from cake_core.assigner import NodeAssigner
 from cake_core.assignment import Assignment
 from cake_core.bundle import layer_files
 from cake_core.checkpoint import Checkpoint, SafetensorsCheckpoint
-from cake_core.cluster import RemoteNode
+from cake_core.cluster.assigner import NodeAssigner
+from cake_core.cluster.node import RemoteNode
 from cake_core.errors import (
     ChannelClosed,
     CheckpointError,
@@ -27,7 +27,6 @@ from cake_core.errors import (
     UnsupportedModel,
 )
 from cake_core.model import LoadOptions
-from cake_core.protocol import Type
 from cake_core.resolve import open_path
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.memory import MemoryTransport
@@ -36,6 +35,7 @@ from cake_core.weights.manifest import FileSpec
 from cake_core.weights.supply import ImageSupply
 from cake_core.weights.transfer import Transfer
 from cake_core.weights.views import Views
+from cake_core.wire.protocol import Type
 
 FRONT = ("model.layers.0", "model.layers.1")
 BACK = ("model.layers.2", "model.layers.3")

@@ -11,13 +11,14 @@ import cbor2
 import pytest
 from tests.core.security_rig import BINDING, KEY, OTHER, dialler_takes, listener_takes, overheard
 
-from cake_core import cbor, handshake
-from cake_core.bodies import BodyReader
-from cake_core.cbor import load_map
 from cake_core.errors import AuthenticationError, ProtocolError
-from cake_core.handshake import MAGIC, MAX_HELLO, NONCE, Handshake
 from cake_core.model import Batch, Row, Tensor, Want
-from cake_core.protocol import Message, Type, encode_batch
+from cake_core.security import handshake
+from cake_core.security.handshake import MAGIC, MAX_HELLO, NONCE, Handshake
+from cake_core.wire import cbor
+from cake_core.wire.bodies import BodyReader
+from cake_core.wire.cbor import load_map
+from cake_core.wire.protocol import Message, Type, encode_batch
 
 ME = bytes(NONCE)
 

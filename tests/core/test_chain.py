@@ -13,19 +13,19 @@ from tests.core.test_engine import ids, plain_loop, prompt_of, request_for
 from tests.core.test_worker import refuse, wait_for
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.codec import spec_to_fields
 from cake_core.errors import CakeError, NodeError, NodeUnreachable, StageError
 from cake_core.events import TextEvent, TokenEvent
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.model import SAMPLE, Batch, Pending, Row, SessionSpec, Tensor, int32_tensor, int32_values
 from cake_core.plugins import Plugins
-from cake_core.protocol import CHAINED, Type
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import TextRuntime
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.transport import Address, Channel
+from cake_core.wire.codec import spec_to_fields
+from cake_core.wire.protocol import CHAINED, Type
 
 Layers = dict[str, list[str]]
 EMBED, HEAD = "model.embed_tokens", ["model.norm", "lm_head"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from cake_core.cli.seed import cake_cli_command, cake_split_model_command, translate
 from cake_core.config import load_options
-from cake_core.keys import obtain_key
+from cake_core.security.keys import obtain_key
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -8,21 +8,21 @@ from itertools import pairwise
 
 import pytest
 
-from cake_core.devices import Room, Share, component_options, devices_of, even, filled, fitting_tokens, load_text
 from cake_core.errors import CapacityError, ConfigError, RewindError, StageError
 from cake_core.events import TokenEvent
 from cake_core.model import SAMPLE, Batch, Layer, LoadOptions, ModelInfo, Row, SessionSpec, int32_tensor
 from cake_core.planners.costs import SPARE
 from cake_core.plugins import Plugins
 from cake_core.profiles import DeviceProfile
-from cake_core.relay import Relay
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import RunSpec, open_text
-from cake_core.serving import Serving, ServingSpec
+from cake_core.stages.devices import Room, Share, component_options, devices_of, even, filled, fitting_tokens, load_text
+from cake_core.stages.relay import Relay
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.contracts.text_rig import Chain, cuts_of
 from cake_core.testing.toys import ToyTextBackend, toy_checkpoint, toy_image_checkpoint, write_toy_checkpoint
 from cake_core.topology import Topology
+from cake_core.worker.serving import Serving, ServingSpec
 
 GREEDY = SessionSpec(SamplingParams(temperature=0))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cake_core.discovery import SERVICE, Found, _own_addresses, _parse, announce
+from cake_core.cluster.discovery import SERVICE, Found, _own_addresses, _parse, announce
 from cake_core.transport import Address
 
 

@@ -12,9 +12,9 @@ from tests.core.security_rig import KEY, OTHER, heard
 
 from cake_core import security
 from cake_core.errors import AuthenticationError, ChannelClosed, DeadlineExceeded, NodeMismatch
-from cake_core.gate import Gate
-from cake_core.hello import PROTOCOL_VERSION, check_hello, make_hello
-from cake_core.strangers import Complaints, Limits, Strangers, origin_of
+from cake_core.security.gate import Gate
+from cake_core.security.hello import PROTOCOL_VERSION, check_hello, make_hello
+from cake_core.security.strangers import Complaints, Limits, Strangers, origin_of
 from cake_core.testing.memory import MemoryTransport
 from cake_core.transport import Address, Identity
 

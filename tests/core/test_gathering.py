@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from tests.core.farm import Farm, describe
 
-from cake_core import gathering
 from cake_core.checkpoint import Checkpoint
 from cake_core.cli.options import ModelFlags
+from cake_core.cluster import gathering
+from cake_core.cluster.gathering import Gathered, Search, Wishes, gather, usable
+from cake_core.cluster.survey import Surveyed, survey
 from cake_core.errors import CapacityError, ConfigError
 from cake_core.events import TokenEvent
-from cake_core.gathering import Gathered, Search, Wishes, gather, usable
 from cake_core.model import LoadOptions
 from cake_core.planners import PlanRequest
 from cake_core.profiles import DeviceProfile, LinkProfile, NodeProfile
 from cake_core.requests import TextRequest
 from cake_core.runtime import RunSpec, open_text
 from cake_core.spreading import spread
-from cake_core.survey import Surveyed, survey
 from cake_core.testing.cluster import FAST, LocalCluster
 from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import write_toy_checkpoint

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cake_core import keys
 from cake_core.errors import ConfigError
-from cake_core.keys import ClusterKey, find_key, keep_key, key_folder, obtain_key, parse_key, read_key
+from cake_core.security import keys
+from cake_core.security.keys import ClusterKey, find_key, keep_key, key_folder, obtain_key, parse_key, read_key
 
 HEX = "0123456789abcdef" * 4
 FAST = {"n": 2, "r": 1, "p": 1}
@@ -116,7 +116,7 @@ def test_a_key_is_made_once(tmp_path):
 
 def test_processes_that_start_together_get_one_key(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from cake_core.keys import obtain_key\n"
+        "import sys; from pathlib import Path; from cake_core.security.keys import obtain_key\n"
         "sys.stdin.readline(); key = obtain_key(None, Path(sys.argv[1]), {'CAKE_CONFIG_DIR': 'set'}); print(key.made, key.text)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "new")]

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pytest
 
+from cake_core.cluster.probing import FILE, Prober
 from cake_core.errors import ConfigError
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
-from cake_core.probing import FILE, Prober
 from cake_core.profiles import DeviceProfile
 
 PLAIN = DeviceProfile("cpu", 5, 1e9)

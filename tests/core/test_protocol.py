@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cake_core import errors
-from cake_core.bodies import BodyReader
-from cake_core.codec import error_fields, error_from_fields, spec_from_fields, spec_to_fields
 from cake_core.errors import ProtocolError
 from cake_core.model import Batch, Row, SessionSpec, Tensor, Want, int32_tensor
-from cake_core.protocol import MAX_ROWS, Type, decode, encode, encode_batch, tensor_fields
 from cake_core.requests import SamplingParams
 from cake_core.transport import MAX_HEADER
+from cake_core.wire.bodies import BodyReader
+from cake_core.wire.codec import error_fields, error_from_fields, spec_from_fields, spec_to_fields
+from cake_core.wire.protocol import MAX_ROWS, Type, decode, encode, encode_batch, tensor_fields
 
 BATCH = Batch(
     (Row(1, 0, 3), Row(2**40, 7, 1, Want(1, 5, True, 3, False)), Row(3, 9, 2, Want(hidden=True))),

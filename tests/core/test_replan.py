@@ -10,10 +10,10 @@ import pytest
 from tests.core.farm import Farm, describe
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.cluster.replan import give_away
 from cake_core.errors import CapacityError, NodeLost
 from cake_core.events import TokenEvent
 from cake_core.profiles import DeviceProfile, NodeProfile
-from cake_core.replan import give_away
 from cake_core.requests import TextRequest
 from cake_core.runtime import RunSpec, TextRuntime, open_text
 from cake_core.testing.cluster import FAST

@@ -16,7 +16,7 @@ from cake_core.engine.text import TextEngine
 from cake_core.events import TokenEvent
 from cake_core.model import SAMPLED, Batch, LoadOptions, Memory, Pending, SessionSpec, TextStage, int32_values
 from cake_core.requests import SamplingParams, TextRequest
-from cake_core.stages import LocalStage
+from cake_core.stages.stage import LocalStage
 from cake_core.testing.toys import ToyTextBackend, write_toy_checkpoint
 
 

@@ -17,7 +17,7 @@ from cake_core.engine.sequence import Sequence
 from cake_core.engine.step import Step
 from cake_core.model import Memory
 from cake_core.requests import TextRequest
-from cake_core.stages import RemoteStage, Stage
+from cake_core.stages.stage import RemoteStage, Stage
 
 
 class Silent:

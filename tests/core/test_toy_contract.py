@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cake_core.devices import load_text
 from cake_core.model import LoadOptions
+from cake_core.stages.devices import load_text
 from cake_core.testing.contracts import ImageBackendContract, TextBackendContract
 from cake_core.testing.toy_layers import START, load_embedding, load_head, load_mixer, load_norm
 from cake_core.testing.toys import ToyImageBackend, ToyTextBackend, toy_checkpoint, toy_image_checkpoint, write_toy_checkpoint

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from cake_core.codec import spec_to_fields
 from cake_core.errors import CakeError, ChannelClosed, NodeLost, NodeMismatch, ProtocolError, StageError
 from cake_core.events import TokenEvent
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.model import SAMPLE, Batch, Row, SessionSpec, Tensor, Want, int32_tensor
 from cake_core.plugins import Plugins
-from cake_core.protocol import Message, Type
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import Topology
 from cake_core.transport import Channel, Transport
+from cake_core.wire.codec import spec_to_fields
+from cake_core.wire.protocol import Message, Type
 
 ALL = ["model.embed_tokens", "model.layers.0-3", "model.norm", "lm_head"]
 STAGES = [["model.embed_tokens", *(f"model.layers.{i}" for i in range(4)), "model.norm", "lm_head"]]
@@ -211,7 +211,7 @@ def test_kept_prefixes_do_not_hold_up_a_draining_worker(cluster: LocalCluster) -
 def test_a_topology_without_that_node_is_an_error(cluster: LocalCluster, tmp_path: Path) -> None:
     from cake_core.errors import ConfigError, TopologyError
     from cake_core.topology import parse_topology
-    from cake_core.worker import Worker, WorkerSpec
+    from cake_core.worker.worker import Worker, WorkerSpec
 
     with pytest.raises(TopologyError, match="it has: w0"):
         Worker(cluster.plugins, WorkerSpec(cluster.checkpoint, cluster.topology, "w1"))

@@ -13,10 +13,10 @@ import cbor2
 from tests.fuzz import plausible
 
 from cake_core.framing import MAGIC as STREAM_MAGIC
-from cake_core.handshake import MAGIC as HANDSHAKE_MAGIC
-from cake_core.handshake import NONCE
 from cake_core.model import Batch, Row, Tensor, Want
-from cake_core.protocol import Type, encode, encode_batch
+from cake_core.security.handshake import MAGIC as HANDSHAKE_MAGIC
+from cake_core.security.handshake import NONCE
+from cake_core.wire.protocol import Type, encode, encode_batch
 
 _EDGES = (0, 1, 2, 7, 8, 63, 64, 127, 128, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _CBOR_HEADS = bytes(major << 5 | info for major in range(8) for info in (0, 23, 24, 25, 26, 27, 28, 31))

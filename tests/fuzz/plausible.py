@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cake_core.assignment import Assignment
-from cake_core.codec import spec_to_fields
 from cake_core.model import LoadOptions, SessionSpec
 from cake_core.profiles import DeviceProfile, NodeProfile
-from cake_core.protocol import Type
 from cake_core.requests import SamplingParams
 from cake_core.transport import Address
 from cake_core.weights.manifest import FileSpec
+from cake_core.wire.codec import spec_to_fields
+from cake_core.wire.protocol import Type
 
 Fields = dict[str, Any]
 

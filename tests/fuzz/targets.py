@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from cake_core.assignment import Assignment
-from cake_core.bodies import BodyReader
-from cake_core.codec import error_from_fields, spec_from_fields
+from cake_core.cluster.expectation import Expectation
 from cake_core.errors import AuthenticationError, CakeError, ProtocolError
-from cake_core.expectation import Expectation
 from cake_core.framing import Inbox
-from cake_core.handshake import NONCE, Handshake
-from cake_core.hello import check_hello
-from cake_core.keys import ClusterKey
 from cake_core.profiles import NodeProfile
-from cake_core.protocol import Type, decode
+from cake_core.security.handshake import NONCE, Handshake
+from cake_core.security.hello import check_hello
+from cake_core.security.keys import ClusterKey
 from cake_core.transport import MAX_BODY, Address
 from cake_core.weights.manifest import is_name
 from cake_core.weights.store import Store
 from cake_core.weights.supply import ImageSupply
+from cake_core.wire.bodies import BodyReader
+from cake_core.wire.codec import error_from_fields, spec_from_fields
+from cake_core.wire.protocol import Type, decode
 
 KEY = ClusterKey(bytes(range(32)))
 LIMIT = 1 << 20

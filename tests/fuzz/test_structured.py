@@ -15,8 +15,8 @@ import pytest
 from tests.fuzz import frames, plausible, targets
 
 from cake_core.errors import CheckpointError, NodeMismatch
-from cake_core.messages import SCHEMAS
-from cake_core.protocol import encode
+from cake_core.wire.messages import SCHEMAS
+from cake_core.wire.protocol import encode
 
 CORPUS = Path(__file__).parent / "corpus"
 FRAMES = int(os.environ.get("CAKE_FUZZ_FRAMES", "6000"))

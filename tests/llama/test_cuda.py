@@ -133,7 +133,7 @@ def test_running_ahead_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from cake_core.engine.text import TextEngine
     from cake_core.events import TokenEvent
     from cake_core.requests import TextRequest
-    from cake_core.stages import LocalStage
+    from cake_core.stages.stage import LocalStage
 
     checkpoint = checkpoint_of("llama")
     options = LoadOptions(dtype="f32", device="cuda", kv_tokens=4096)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cake_core.devices import load_text
 from cake_core.errors import CapacityError
 from cake_core.model import LoadOptions
-from cake_core.relay import Relay
+from cake_core.stages.devices import load_text
+from cake_core.stages.relay import Relay
 from cake_core.testing.contracts.text_rig import GREEDY, SEEDED, Chain
 from cake_llama.backend import LlamaBackend
 from cake_llama.random_model import RandomCheckpoint

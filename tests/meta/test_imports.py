@@ -12,12 +12,11 @@ GROUPS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "errors filenames",
         "model requests events checkpoint transport topology png formats config",
-        "placement spreading profiles planners sampling detokenize cbor framing messages protocol bodies codec hello keys "
-        "strangers handshake gate security units warming",
+        "placement spreading profiles planners sampling detokenize framing wire security warming",
         "hookspecs builtin plugins resolve models hub bundle split",
-        "connect backoff waiting link reports stage_inputs stages relay devices",
-        "serving weights assignment tenant hops guest worker",
-        "assigner chain expectation cluster discovery probing survey engine nodes replan runtime gathering",
+        "links stages",
+        "weights assignment worker",
+        "cluster engine runtime",
         "bench",
         "cli __main__",
         "testing",
@@ -29,17 +28,17 @@ UPWARD = {("cake_core.builtin", "testing"), ("cake_core.resolve", "testing"), ("
 """The toys and core's own commands are registered and resolved like a plugin's."""
 
 THIRD_PARTY = {
-    "cbor2": ("cbor", "protocol", "codec", "hello", "assignment"),
+    "cbor2": ("wire", "security", "assignment"),
     "click": ("cli",),
     "cryptography": ("security",),
     "filelock": ("hub",),
     "huggingface_hub": ("hub",),
     "pluggy": ("hookspecs", "plugins"),
     "pytest": ("testing",),
-    "ifaddr": ("discovery",),
+    "ifaddr": ("cluster",),
     "segno": ("cli",),
     "yaml": ("topology", "split", "cli"),
-    "zeroconf": ("discovery",),
+    "zeroconf": ("cluster",),
 }
 NETWORK = {"asyncio", "http", "select", "selectors", "socket", "socketserver", "ssl", "urllib.request"}
 NETWORK_IN = {"cake_core.hub": {"urllib.request"}}

@@ -7,18 +7,18 @@ import threading
 import pytest
 from tests.core.security_rig import heard
 
-from cake_core.connect import Connector, Keyring, open_gate
 from cake_core.errors import AuthenticationError
 from cake_core.events import TokenEvent
-from cake_core.keys import parse_key
+from cake_core.links.connect import Connector, Keyring, open_gate
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import RunSpec, open_text
+from cake_core.security.keys import parse_key
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import parse_topology
 from cake_core.transport import Address
-from cake_core.worker import Worker, WorkerSpec
+from cake_core.worker.worker import Worker, WorkerSpec
 
 pytest.importorskip("qh3")
 KEY = parse_key("0123456789abcdef" * 4)

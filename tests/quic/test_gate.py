@@ -7,9 +7,10 @@ import time
 import cbor2
 import pytest
 
-from cake_core import hello, security
+from cake_core import security
 from cake_core.errors import CakeError, NodeMismatch, TransportError
-from cake_core.keys import ClusterKey
+from cake_core.security import hello
+from cake_core.security.keys import ClusterKey
 from cake_core.transport import Address
 from cake_transport_quic import library
 from cake_transport_quic.transport import QuicTransport

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cake_core.connect import Connector, Keyring
 from cake_core.errors import NodeError
 from cake_core.events import ImageDone, ImageStep
 from cake_core.formats.diffusers import DiffusersCheckpoint
+from cake_core.links.connect import Connector, Keyring
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.requests import ImageRequest

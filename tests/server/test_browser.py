@@ -11,7 +11,7 @@ import pytest
 
 from cake_core.errors import CakeError, NodeLost, StageError
 from cake_core.events import Failed, PromptDone, TokenEvent, Usage
-from cake_core.reports import NodeStatus
+from cake_core.links.reports import NodeStatus
 from cake_core.runtime import ImageRuntime, TextRuntime
 
 pytestmark = pytest.mark.full

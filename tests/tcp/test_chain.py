@@ -6,17 +6,17 @@ import threading
 
 import pytest
 
-from cake_core.connect import Connector, Keyring, open_gate
 from cake_core.events import TokenEvent
 from cake_core.hookspecs import hookimpl
-from cake_core.keys import parse_key
+from cake_core.links.connect import Connector, Keyring, open_gate
 from cake_core.plugins import Plugins
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import RunSpec, open_text
+from cake_core.security.keys import parse_key
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import parse_topology
 from cake_core.transport import Address
-from cake_core.worker import Worker, WorkerSpec
+from cake_core.worker.worker import Worker, WorkerSpec
 from cake_transport_tcp.transport import TcpTransport
 
 KEY = parse_key("0123456789abcdef" * 4)

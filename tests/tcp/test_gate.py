@@ -15,8 +15,8 @@ from tests.core.security_rig import KEY, OTHER, heard
 
 from cake_core import security
 from cake_core.errors import AuthenticationError, ChannelClosed
-from cake_core.gate import Gate
-from cake_core.strangers import Limits
+from cake_core.security.gate import Gate
+from cake_core.security.strangers import Limits
 from cake_core.transport import Address
 from cake_transport_tcp.transport import TcpTransport
 

@@ -22,7 +22,7 @@ from tests.core.test_worker import wait_for
 
 from cake_core.engine.scheduler import Limits
 from cake_core.events import TokenEvent
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_transport_tcp.transport import TcpTransport

@@ -12,10 +12,11 @@ import threading
 import pytest
 from tests.core.security_rig import KEY
 
-from cake_core import framing, handshake, security
+from cake_core import framing, security
 from cake_core.errors import AuthenticationError, CakeError, ChannelClosed, ProtocolError
-from cake_core.gate import Gate
-from cake_core.strangers import Limits
+from cake_core.security import handshake
+from cake_core.security.gate import Gate
+from cake_core.security.strangers import Limits
 from cake_core.testing.contracts.threads import Task
 from cake_core.transport import Address
 from cake_transport_tcp import tls
@@ -149,7 +150,7 @@ def no_limits(patch):
 
 
 def bodies_from_strangers(patch):
-    patch.setattr("cake_core.gate.refuse_body", anything)
+    patch.setattr("cake_core.security.gate.refuse_body", anything)
 
 
 CASES = [

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from cake_core.chain import Router, Way
 from cake_core.checkpoint import Checkpoint
-from cake_core.devices import component_options, load_text
+from cake_core.cluster.chain import Router, Way
+from cake_core.cluster.nodes import Nodes
+from cake_core.cluster.replan import Cast, Replanner
 from cake_core.engine.drafter import load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
@@ -19,15 +20,14 @@ from cake_core.engine.speculation import Speculation
 from cake_core.engine.speculator import Speculator
 from cake_core.engine.text import TextEngine
 from cake_core.errors import CakeError
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
+from cake_core.links.reports import NodeStatus, StageCount
 from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
-from cake_core.nodes import Nodes
 from cake_core.placement import Placement, Span
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
-from cake_core.replan import Cast, Replanner
-from cake_core.reports import NodeStatus, StageCount
-from cake_core.stages import LocalStage, RemoteComponent, RemoteStage, Stage
+from cake_core.stages.devices import component_options, load_text
+from cake_core.stages.stage import LocalStage, RemoteComponent, RemoteStage, Stage
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
 
@@ -42,7 +42,7 @@ class RunSpec:
     """What to open and how.
 
     Attributes:
-        dial: `dial(address, timeout)` gives an authenticated channel to a worker (cake_core.connect).
+        dial: `dial(address, timeout)` gives an authenticated channel to a worker (cake_core.links.connect).
         joined: `joined(name, timeout)` the same for a worker without a host, which dials the master.
         wait: seconds to wait for workers at the start. rejoin: seconds a running request waits for a lost worker.
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.

@@ -16,7 +16,7 @@ from cake_core.cli.sections import SectionedCommand, option
 
 if TYPE_CHECKING:
     from cake_core.cli.options import ModelFlags
-    from cake_core.connect import Connector
+    from cake_core.links.connect import Connector
     from cake_core.plugins import Plugins
     from cake_server.service import Runtime, Service
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from cake_core.errors import CakeError, RequestError
+from cake_core.links.reports import NodeStatus
 from cake_core.model import ModelInfo
-from cake_core.reports import NodeStatus
 from cake_core.runtime import ImageRuntime, TextRuntime
 from cake_server.bridge import Courier, Engine, Job
 from cake_server.errors import ApiError, unavailable

@@ -44,7 +44,7 @@ def bench_text(flags: ModelFlags, random_weights: str | None, as_json: bool, **l
     from cake_core.bench import Load, with_floor
     from cake_core.bench import bench_text as measure
     from cake_core.cli.opening import opened_text
-    from cake_core.devices import devices_of
+    from cake_core.stages.devices import devices_of
 
     if random_weights is not None:
         flags = replace(flags, model=f"random:{random_weights}")

@@ -8,13 +8,13 @@ from cake_core.cli.console import human_bytes, note
 from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cake_core.chain import Way
     from cake_core.checkpoint import Checkpoint
     from cake_core.cli.options import ModelFlags
-    from cake_core.connect import Connector
-    from cake_core.gathering import Gathered, Wishes
+    from cake_core.cluster.chain import Way
+    from cake_core.cluster.gathering import Gathered, Wishes
+    from cake_core.cluster.survey import Surveyed
+    from cake_core.links.connect import Connector
     from cake_core.plugins import Plugins
-    from cake_core.survey import Surveyed
     from cake_core.topology import Topology
     from cake_core.transport import Address
 
@@ -23,13 +23,13 @@ def gathered_topology(
     plugins: Plugins, flags: ModelFlags, checkpoint: Checkpoint, connector: Connector, topology: Topology
 ) -> Gathered:
     """The topology with every node filled, or, where there is no file, with the workers that were found."""
-    from cake_core.gathering import Gathered
+    from cake_core.cluster.gathering import Gathered
 
     wishes = wishes_of(flags, topology)
     if wishes is None:
         return Gathered(topology)
     from cake_core.cli.machine import prober
-    from cake_core.gathering import Search, gather, usable
+    from cake_core.cluster.gathering import Search, gather, usable
     from cake_core.topology import MASTER
 
     backend, options = plugins.backend_for(checkpoint, flags.kind), flags.load_options()
@@ -50,7 +50,7 @@ def gathered_topology(
 
 def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:
     """What to look for; None where a topology file says everything, or nobody is wanted. Raises ConfigError."""
-    from cake_core.gathering import Wishes
+    from cake_core.cluster.gathering import Wishes
 
     to_fill = [node for node in topology.nodes if not node.layers]
     if topology.nodes and not to_fill:

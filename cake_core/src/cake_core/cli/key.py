@@ -12,7 +12,7 @@ from cake_core.cli.console import note
 from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cake_core.keys import ClusterKey
+    from cake_core.security.keys import ClusterKey
 
 
 @click.group()
@@ -24,7 +24,7 @@ def key() -> None:
 @click.option("--qr", is_flag=True, help="Also as a QR code, for a phone or a tablet.")
 def show(qr: bool) -> None:
     """Print this machine's key and the line to run on the others."""
-    from cake_core.keys import FILE_VARIABLE, VARIABLE, find_key
+    from cake_core.security.keys import FILE_VARIABLE, VARIABLE, find_key
 
     found = find_key(None, current_app().options.config_dir)
     if found is None:
@@ -42,7 +42,7 @@ def new(replace: bool, qr: bool) -> None:
     """Make a random key and keep it on this machine."""
     import secrets
 
-    from cake_core.keys import ClusterKey
+    from cake_core.security.keys import ClusterKey
 
     path = _path()
     made = ClusterKey(secrets.token_bytes(32), str(path), made=True)
@@ -59,7 +59,7 @@ def join(text: str | None, replace: bool) -> None:
     Without KEY it is asked for, so that it stays out of the shell's history. 64 hex digits are a key, any other text is a
     passphrase.
     """
-    from cake_core.keys import parse_key, read_key
+    from cake_core.security.keys import parse_key, read_key
 
     given = parse_key(text if text is not None else click.prompt("Cluster key", hide_input=True, err=True), "given")
     path = _path()
@@ -72,13 +72,13 @@ def join(text: str | None, replace: bool) -> None:
 
 
 def _path() -> Path:
-    from cake_core.keys import FILE, key_folder
+    from cake_core.security.keys import FILE, key_folder
 
     return key_folder(current_app().options.config_dir) / FILE
 
 
 def _keep(given: ClusterKey, path: Path, replace: bool) -> None:
-    from cake_core.keys import keep_key
+    from cake_core.security.keys import keep_key
 
     if not keep_key(given, path, replace):
         raise ConfigError(f"this machine has a cluster key already ({path}); add --replace to give it up")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cake_core.cluster.probing import Prober
     from cake_core.model import LoadOptions
     from cake_core.plugins import Plugins
-    from cake_core.probing import Prober
     from cake_core.profiles import DeviceProfile
 
 INTERESTING = (
@@ -179,8 +179,8 @@ def _sysctl_memory() -> int | None:
 
 def prober(plugins: Plugins, options: LoadOptions) -> Prober:
     """Measures this machine, and keeps what it found in the cache folder."""
+    from cake_core.cluster.probing import Prober
     from cake_core.config import load_options
-    from cake_core.probing import Prober
 
     return Prober(plugins, options, load_options().cache_dir, plain_device)
 

@@ -12,8 +12,8 @@ from cake_core.cli.options import ModelFlags, model_options
 from cake_core.cli.sections import SectionedCommand, option
 
 if TYPE_CHECKING:
+    from cake_core.cluster.survey import Surveyed
     from cake_core.profiles import NodeProfile
-    from cake_core.survey import Surveyed
 
 
 @click.command(cls=SectionedCommand)
@@ -26,7 +26,7 @@ def nodes(flags: ModelFlags, as_json: bool) -> None:
     """List this machine and the workers that are found or join: devices, memory, speeds, links, what they do now."""
     from cake_core.cli.gather import addresses
     from cake_core.cli.machine import prober
-    from cake_core.gathering import Search, Wishes
+    from cake_core.cluster.gathering import Search, Wishes
     from cake_core.topology import MASTER, Topology
 
     plugins, empty = current_app().plugins, Topology()

@@ -17,14 +17,14 @@ from cake_core.cli.option_groups import GROUPS, MODEL_TYPES
 from cake_core.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from cake_core.chain import Way
     from cake_core.checkpoint import Checkpoint
-    from cake_core.connect import Connector, Keyring
+    from cake_core.cluster.chain import Way
     from cake_core.engine.speculation import Speculation
-    from cake_core.keys import ClusterKey
+    from cake_core.links.connect import Connector, Keyring
     from cake_core.model import LoadOptions
     from cake_core.plugins import Plugins
     from cake_core.runtime import RunSpec
+    from cake_core.security.keys import ClusterKey
     from cake_core.topology import Topology
 
 DEFAULT_IMAGE_MODEL = "emoji"
@@ -177,13 +177,13 @@ class ModelFlags:
     def keyring(self) -> Keyring:
         """The cluster key these options name; a key that is new is shown, because the other machines need it."""
         from cake_core.config import load_options
-        from cake_core.connect import Keyring
+        from cake_core.links.connect import Keyring
 
         return Keyring(self.cluster_key, load_options().config_dir, self.insecure, _show_new_key)
 
     def connector(self, plugins: Plugins, topology: Topology) -> Connector:
         """The way to the topology's workers. Raises ConfigError for a node that can never be reached."""
-        from cake_core.connect import Connector
+        from cake_core.links.connect import Connector
         from cake_core.transport import Address
 
         for node in topology.nodes:

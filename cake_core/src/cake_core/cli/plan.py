@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def make_plan(flags: ModelFlags, profiles: Path | None, streams: int, prompt: int) -> tuple[ModelInfo, Plan]:
     """Plans for the profiles of a file, or for this machine and the workers that are found."""
-    from cake_core.gathering import CONTEXT
+    from cake_core.cluster.gathering import CONTEXT
     from cake_core.planners import PlanRequest, plan
 
     plugins = current_app().plugins
@@ -57,7 +57,7 @@ def read_profiles(path: Path) -> ClusterProfile:
 def _measured(flags: ModelFlags, backend: Backend, topology: Topology) -> ClusterProfile:
     from cake_core.cli.gather import addresses
     from cake_core.cli.machine import prober
-    from cake_core.gathering import Search, Wishes, cluster_profile, usable
+    from cake_core.cluster.gathering import Search, Wishes, cluster_profile, usable
     from cake_core.topology import MASTER
 
     plugins = current_app().plugins

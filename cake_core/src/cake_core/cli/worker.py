@@ -21,13 +21,13 @@ from cake_core.cli.sections import SectionedCommand, option
 from cake_core.errors import CakeError, ConfigError
 
 if TYPE_CHECKING:
-    from cake_core.connect import Keyring
-    from cake_core.discovery import Announcement
+    from cake_core.cluster.discovery import Announcement
+    from cake_core.links.connect import Keyring
     from cake_core.plugins import Plugins
     from cake_core.security import Gate
     from cake_core.topology import Topology
     from cake_core.transport import Address
-    from cake_core.worker import BareSpec, Worker, WorkerSpec
+    from cake_core.worker.worker import BareSpec, Worker, WorkerSpec
 
 WORKER = "Worker"
 REDIAL = (0.5, 5.0)
@@ -51,8 +51,8 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     `cake split-model` as --model, it loads its own.
     """
     from cake_core.cli.machine import prober
-    from cake_core.connect import Connector
-    from cake_core.worker import Worker
+    from cake_core.links.connect import Connector
+    from cake_core.worker.worker import Worker
 
     take_short_turns()
     plugins, keyring = current_app().plugins, flags.keyring()
@@ -79,9 +79,9 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
 def bare_spec(name: str | None, flags: ModelFlags, cache_size: str | None) -> BareSpec:
     """A worker that masters assign layers to."""
     from cake_core.config import load_options
-    from cake_core.tenant import Means
     from cake_core.weights.store import Store
-    from cake_core.worker import BareSpec
+    from cake_core.worker.tenant import Means
+    from cake_core.worker.worker import BareSpec
 
     size = None if cache_size is None else parse_size(cache_size)
     store = Store(load_options().cache_dir / "weights")
@@ -90,7 +90,7 @@ def bare_spec(name: str | None, flags: ModelFlags, cache_size: str | None) -> Ba
 
 def worker_spec(name: str | None, plugins: Plugins, flags: ModelFlags) -> WorkerSpec:
     """A worker with layers of its own."""
-    from cake_core.worker import WorkerSpec
+    from cake_core.worker.worker import WorkerSpec
 
     topology = own_topology(flags)
     return WorkerSpec(flags.checkpoint(plugins), topology, own_name(name, topology), flags.load_options(), flags.kind)
@@ -122,12 +122,12 @@ class Door:
         threading.Thread(target=served.serve, args=(gate,), name="cake-serve", daemon=True).start()
         click.echo(f"listening on {gate.address}")
         if announced:
-            from cake_core.discovery import announce
+            from cake_core.cluster.discovery import announce
 
             self._announcement = announce(served.name, gate.address)
 
     def _gate(self, name: str) -> Gate:
-        from cake_core.connect import open_gate
+        from cake_core.links.connect import open_gate
 
         try:
             return open_gate(self._plugins, self._keyring, self._address, name)
@@ -209,7 +209,7 @@ class Stop:
 
 def keep_joined(served: Worker, plugins: Plugins, keyring: Keyring, master: Address, stop: Stop) -> None:
     """Dials the master, serves it, and dials again when the link has ended, until the process stops."""
-    from cake_core.connect import dial_master
+    from cake_core.links.connect import dial_master
 
     pause = REDIAL[0]
     told = ""

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.devices import devices_of
 from cake_core.engine.prefix import common_prefix
 from cake_core.engine.sequence import Sequence
 from cake_core.errors import CapacityError, ConfigError
 from cake_core.model import NOTHING, SAMPLE, Batch, LoadOptions, Row, TextBackend, Tokenizer, int32_tensor, int32_values
 from cake_core.plugins import Plugins
-from cake_core.stages import LocalStage
+from cake_core.stages.devices import devices_of
+from cake_core.stages.stage import LocalStage
 from cake_core.topology import MASTER
 
 CATCH_UP = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cake_core.engine.scheduler import Limits
-from cake_core.stages import RemoteStage, Stage
+from cake_core.stages.stage import RemoteStage, Stage
 
 CHUNK, GPU_CHUNK = 512, 2048
 """Prompt positions a batch: what nobody else has to wait for longer than."""

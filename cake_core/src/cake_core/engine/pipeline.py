@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
-from cake_core.chain import Route, Router
+from cake_core.cluster.chain import Route, Router
 from cake_core.errors import CakeError, NodeLost, StageError
 from cake_core.model import Batch, Memory, Pending, SessionSpec
-from cake_core.stage_inputs import carried
-from cake_core.stages import Stage
+from cake_core.stages.inputs import carried
+from cake_core.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
-from cake_core.chain import Router
+from cake_core.cluster.chain import Router
 from cake_core.detokenize import Detokenizer
 from cake_core.engine.ledger import Ledger
 from cake_core.engine.loop import Loop
@@ -22,7 +22,7 @@ from cake_core.errors import Cancelled, CapacityError, ContextLengthError, Queue
 from cake_core.events import TextEvent
 from cake_core.model import ModelInfo, Tokenizer
 from cake_core.requests import TextRequest
-from cake_core.stages import Stage
+from cake_core.stages.stage import Stage
 
 
 class Handle:

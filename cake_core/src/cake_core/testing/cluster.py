@@ -18,13 +18,13 @@ from typing import Any
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import ConfigError
-from cake_core.link import LinkTiming
+from cake_core.links.link import LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.runtime import ImageRuntime, RunSpec, TextRuntime, open_image, open_text
 from cake_core.topology import Topology, parse_topology
 from cake_core.transport import Address, Channel, Listener, Transport
-from cake_core.worker import Worker, WorkerSpec
+from cake_core.worker.worker import Worker, WorkerSpec
 
 FAST = LinkTiming(heartbeat=0.2, dead=1.0, request=30.0)
 """A ten times shorter clock, for tests of failures."""

@@ -9,11 +9,11 @@ from typing import Protocol
 
 from cake_core.errors import CheckpointError
 from cake_core.formats.subset import Image
-from cake_core.link import Link
-from cake_core.protocol import Message, Type
+from cake_core.links.link import Link
 from cake_core.weights.manifest import PIECE, FileSpec, is_name, piece_digest
 from cake_core.weights.packing import Packer, unpack, zstd
 from cake_core.weights.store import Store
+from cake_core.wire.protocol import Message, Type
 
 FAST = 0.004
 """Seconds for a piece of 1 MiB: 2 Gbit/s."""

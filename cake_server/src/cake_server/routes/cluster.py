@@ -10,7 +10,7 @@ import msgspec
 from litestar import Response, get
 
 from cake_core import __version__
-from cake_core.reports import NodeStatus
+from cake_core.links.reports import NodeStatus
 from cake_core.runtime import TextRuntime
 from cake_core.topology import MASTER, compress
 from cake_server import sse

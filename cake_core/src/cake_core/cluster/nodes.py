@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cake_core.assigner import NodeAssigner
 from cake_core.assignment import Assignment
 from cake_core.bundle import layer_files
-from cake_core.cluster import Dial, RemoteNode, describe_missing
+from cake_core.cluster.assigner import NodeAssigner
+from cake_core.cluster.expectation import Expectation
+from cake_core.cluster.node import Dial, RemoteNode, describe_missing
 from cake_core.errors import CakeError, ConfigError, NodeLost
 from cake_core.events import NodeEvent
-from cake_core.expectation import Expectation
+from cake_core.links.reports import NodeStatus
 from cake_core.model import ModelInfo
 from cake_core.placement import Placement
 from cake_core.plugins import Plugins
-from cake_core.reports import NodeStatus
 from cake_core.topology import MASTER
 from cake_core.transport import Address
 from cake_core.weights.supply import ImageSupply

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cake_core import __version__
-from cake_core.devices import devices_of
 from cake_core.errors import CakeError, ConfigError
 from cake_core.model import Backend, LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.profiles import DeviceProfile, NodeProfile, Profiler
+from cake_core.stages.devices import devices_of
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from cake_core.backoff import Backoff
+from cake_core.cluster.expectation import Expectation
 from cake_core.errors import (
     AuthenticationError,
     CakeError,
@@ -23,12 +23,12 @@ from cake_core.errors import (
     ProtocolError,
     TransportError,
 )
-from cake_core.expectation import Expectation
-from cake_core.link import Link, LinkTiming
+from cake_core.links.backoff import Backoff
+from cake_core.links.link import Link, LinkTiming
+from cake_core.links.reports import NodeStatus, State, read_count, read_memory
 from cake_core.model import Memory
-from cake_core.protocol import Message, Type
-from cake_core.reports import NodeStatus, State, read_count, read_memory
 from cake_core.transport import Channel
+from cake_core.wire.protocol import Message, Type
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ Dial = Callable[[float], Channel]
 
 
 class Assigner(Protocol):
-    """Has a worker load its layers before the master attaches (cake_core.assigner)."""
+    """Has a worker load its layers before the master attaches (cake_core.cluster.assigner)."""
 
     @property
     def active(self) -> bool:

@@ -18,17 +18,17 @@ from typing import Any, Protocol
 from cake_core import __version__
 from cake_core.checkpoint import Checkpoint
 from cake_core.errors import CakeError, ConfigError, NodeMismatch, StageError, TransportError
-from cake_core.guest import Guest
-from cake_core.hops import Dial, Forward, Hops
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
-from cake_core.protocol import Type
-from cake_core.serving import LayerProgress, Serving, ServingSpec
-from cake_core.tenant import Means, Tenant
 from cake_core.topology import Topology
 from cake_core.transport import Channel
+from cake_core.wire.protocol import Type
+from cake_core.worker.guest import Guest
+from cake_core.worker.hops import Dial, Forward, Hops
+from cake_core.worker.serving import LayerProgress, Serving, ServingSpec
+from cake_core.worker.tenant import Means, Tenant
 
 log = logging.getLogger(__name__)
 

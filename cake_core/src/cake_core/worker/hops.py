@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cake_core.errors import CakeError, NodeLost, NodeUnreachable, ProtocolError
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.model import Batch, Pending, Tensor
-from cake_core.protocol import Message, Type
-from cake_core.stage_inputs import carried
+from cake_core.stages.inputs import carried
 from cake_core.transport import Address, Channel
+from cake_core.wire.protocol import Message, Type
 
 log = logging.getLogger(__name__)
 

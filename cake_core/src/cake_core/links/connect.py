@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cake_core import security
 from cake_core.errors import CakeError, ConfigError, NodeMismatch, NodeUnreachable, TransportError
-from cake_core.hello import check_hello, hello_node, make_hello
-from cake_core.keys import ClusterKey, obtain_key
 from cake_core.plugins import Plugins
+from cake_core.security.hello import check_hello, hello_node, make_hello
+from cake_core.security.keys import ClusterKey, obtain_key
 from cake_core.topology import MASTER
 from cake_core.transport import Address, Channel
 

@@ -26,7 +26,7 @@ import time
 from typing import Literal, NoReturn
 
 from cake_core.errors import AuthenticationError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
-from cake_core.keys import ClusterKey
+from cake_core.security.keys import ClusterKey
 from cake_core.transport import Channel
 
 MAGIC = b"CAKE\x01"

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from cake_core.codec import content_id, spec_to_fields
 from cake_core.errors import CakeError, NodeError, NodeLost, ProtocolError, RewindError, StageError
-from cake_core.link import Link
+from cake_core.links.link import Link
+from cake_core.links.reports import StageClock
 from cake_core.model import Batch, Buffer, Memory, Pending, SessionSpec, Tensor, TextStage
-from cake_core.protocol import Message, Type, tensor_fields
-from cake_core.reports import StageClock
+from cake_core.wire.codec import content_id, spec_to_fields
+from cake_core.wire.protocol import Message, Type, tensor_fields
 
 
 class Stage(Protocol):

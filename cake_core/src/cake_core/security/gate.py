@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable
 
 from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
-from cake_core.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
-from cake_core.keys import ClusterKey
-from cake_core.strangers import Complaints, Limits, Strangers
+from cake_core.security.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
+from cake_core.security.keys import ClusterKey
+from cake_core.security.strangers import Complaints, Limits, Strangers
 from cake_core.transport import Address, Channel, Listener, PollingChannel, PollingListener
 
 log = logging.getLogger(__name__)

@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from cake_core.bodies import split_buffers
-from cake_core.codec import spec_from_fields
 from cake_core.errors import CakeError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
-from cake_core.hops import Forward, Hops
-from cake_core.link import Link
+from cake_core.links.link import Link
 from cake_core.model import Batch, Row, Tensor
 from cake_core.profiles import NodeProfile
-from cake_core.protocol import CHAINED, Message, Type, tensor_fields
-from cake_core.serving import Serving
-from cake_core.stage_inputs import inputs_of
-from cake_core.stages import LocalStage
-from cake_core.tenant import Tenant
+from cake_core.stages.inputs import inputs_of
+from cake_core.stages.stage import LocalStage
 from cake_core.topology import compress
+from cake_core.wire.bodies import split_buffers
+from cake_core.wire.codec import spec_from_fields
+from cake_core.wire.protocol import CHAINED, Message, Type, tensor_fields
+from cake_core.worker.hops import Forward, Hops
+from cake_core.worker.serving import Serving
+from cake_core.worker.tenant import Tenant
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from cake_core.chain import Way
-from cake_core.connect import Connector
-from cake_core.discovery import Found, browse
+from cake_core.cluster.chain import Way
+from cake_core.cluster.discovery import Found, browse
+from cake_core.cluster.survey import Surveyed, survey
 from cake_core.errors import CakeError
+from cake_core.links.connect import Connector
 from cake_core.model import LoadOptions, ModelInfo
 from cake_core.planners import Plan, PlanRequest, plan
 from cake_core.planners.request import Objective
 from cake_core.profiles import ClusterProfile, NodeProfile
 from cake_core.spreading import KV_SHARE, spread
-from cake_core.survey import Surveyed, survey
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address
 

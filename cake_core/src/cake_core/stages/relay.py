@@ -18,7 +18,7 @@ from cake_core.model import (
     int32_tensor,
     int32_values,
 )
-from cake_core.stage_inputs import EMBED, HEAD, carried, inputs_of
+from cake_core.stages.inputs import EMBED, HEAD, carried, inputs_of
 
 
 class Relay:

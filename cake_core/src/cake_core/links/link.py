@@ -16,13 +16,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cake_core.bodies import BodyReader
-from cake_core.codec import error_fields, error_from_fields
 from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, NodeLost, ProtocolError, TransportError
+from cake_core.links.waiting import Entry, Waiting
 from cake_core.model import Batch, Buffer, Pending
-from cake_core.protocol import ANSWERS, CHAINED, Message, Type, encode, encode_batch
 from cake_core.transport import Channel
-from cake_core.waiting import Entry, Waiting
+from cake_core.wire.bodies import BodyReader
+from cake_core.wire.codec import error_fields, error_from_fields
+from cake_core.wire.protocol import ANSWERS, CHAINED, Message, Type, encode, encode_batch
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from cake_core.assignment import Assignment
-from cake_core.codec import error_from_fields
 from cake_core.errors import CakeError, NodeUnreachable, ProtocolError
-from cake_core.link import Link, LinkTiming
-from cake_core.protocol import Message, Type
+from cake_core.links.link import Link, LinkTiming
 from cake_core.transport import Channel
 from cake_core.weights.supply import Supply, serve_weights
+from cake_core.wire.codec import error_from_fields
+from cake_core.wire.protocol import Message, Type
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cake_core.errors import ProtocolError
 from cake_core.model import Buffer, Tensor
-from cake_core.protocol import Message, decode
+from cake_core.wire.protocol import Message, decode
 
 
 class BodyReader:

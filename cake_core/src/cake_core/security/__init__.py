@@ -11,9 +11,9 @@ import logging
 import time
 
 from cake_core.errors import ConfigError
-from cake_core.gate import Check, Gate
-from cake_core.handshake import authenticate_dialler, authenticate_listener
-from cake_core.keys import ClusterKey, find_key, obtain_key
+from cake_core.security.gate import Check, Gate
+from cake_core.security.handshake import authenticate_dialler, authenticate_listener
+from cake_core.security.keys import ClusterKey, find_key, obtain_key
 from cake_core.transport import Address, Channel, Identity, Transport
 
 __all__ = [

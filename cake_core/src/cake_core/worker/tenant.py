@@ -12,20 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cake_core.assignment import Assignment
-from cake_core.codec import error_fields
 from cake_core.errors import CakeError, Cancelled, NodeBusy, ProtocolError, StageError
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
-from cake_core.protocol import Message, Type
 from cake_core.resolve import open_path
-from cake_core.serving import Serving, ServingSpec
 from cake_core.transport import Address, Channel
 from cake_core.warming import Warming
 from cake_core.weights.store import Store
 from cake_core.weights.supply import LinkSource, StoreSupply, serve_weights
 from cake_core.weights.transfer import Transfer
 from cake_core.weights.views import Views
+from cake_core.wire.codec import error_fields
+from cake_core.wire.protocol import Message, Type
+from cake_core.worker.serving import Serving, ServingSpec
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import secrets
 import cbor2
 
 from cake_core import __version__
-from cake_core.cbor import load_map
 from cake_core.errors import NodeMismatch
-from cake_core.protocol import PROTOCOL_VERSION
+from cake_core.wire.cbor import load_map
+from cake_core.wire.protocol import PROTOCOL_VERSION
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cake_core.errors import CakeError, ConfigError, NodeError, NodeUnreachable, ProtocolError
-from cake_core.link import Link, LinkTiming
+from cake_core.links.link import Link, LinkTiming
 from cake_core.profiles import LinkProfile, NodeProfile
-from cake_core.protocol import Message, Type
 from cake_core.transport import Address, Channel
+from cake_core.wire.protocol import Message, Type
 
 log = logging.getLogger(__name__)
 

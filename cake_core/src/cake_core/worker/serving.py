@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.devices import component_options, load_text
 from cake_core.model import Component, ImageBackend, LoadOptions, ModelInfo, TextBackend
 from cake_core.plugins import Plugins
-from cake_core.stages import LocalStage
+from cake_core.stages.devices import component_options, load_text
+from cake_core.stages.stage import LocalStage
 
 LayerProgress = Callable[[str, int, int], None]
 """`progress(layers, done, total)` in bytes."""

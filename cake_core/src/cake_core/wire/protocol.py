@@ -22,14 +22,14 @@ from typing import Any
 
 import cbor2
 
-from cake_core.cbor import load_map
 from cake_core.errors import ProtocolError
-from cake_core.messages import ANSWERS as ANSWERS
-from cake_core.messages import CHAINED as CHAINED
-from cake_core.messages import SCHEMAS
-from cake_core.messages import Type as Type
 from cake_core.model import DTYPE_SIZES, Batch, Buffer, Row, Tensor, Want
 from cake_core.transport import MAX_HEADER
+from cake_core.wire.cbor import load_map
+from cake_core.wire.messages import ANSWERS as ANSWERS
+from cake_core.wire.messages import CHAINED as CHAINED
+from cake_core.wire.messages import SCHEMAS
+from cake_core.wire.messages import Type as Type
 
 PROTOCOL_VERSION = 1
 """Changes whenever two versions could misread each other; compared in the hello, after the proof."""

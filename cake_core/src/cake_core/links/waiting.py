@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cake_core.errors import CakeError
 from cake_core.model import Batch, Pending, Row
-from cake_core.protocol import CHAINED, Message, Type
+from cake_core.wire.protocol import CHAINED, Message, Type
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from cake_core.link import LinkCount
+from cake_core.links.link import LinkCount
 from cake_core.model import Memory
 
 T = TypeVar("T")

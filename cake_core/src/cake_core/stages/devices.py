@@ -15,8 +15,8 @@ from cake_core.errors import CapacityError, ConfigError
 from cake_core.model import LoadOptions, ModelInfo, Progress, TextBackend, TextStage
 from cake_core.planners.costs import SPARE
 from cake_core.profiles import DeviceProfile, Profiler
-from cake_core.relay import Relay
 from cake_core.spreading import KV_SHARE
+from cake_core.stages.relay import Relay
 
 CONTEXTS = 4
 """Full contexts of KV cache at most when nobody said how much."""

@@ -13,19 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cake_core.chain import Router
+from cake_core.cluster.chain import Router
+from cake_core.cluster.nodes import Nodes
+from cake_core.cluster.survey import survey
 from cake_core.engine.text import TextEngine
 from cake_core.errors import CakeError, CapacityError
 from cake_core.model import ModelInfo
-from cake_core.nodes import Nodes
 from cake_core.placement import Placement
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
-from cake_core.protocol import Type
 from cake_core.spreading import ROOM
-from cake_core.stages import LocalStage, RemoteStage, Stage
-from cake_core.survey import survey
+from cake_core.stages.stage import LocalStage, RemoteStage, Stage
 from cake_core.topology import MASTER, Node, Topology
+from cake_core.wire.protocol import Type
 
 if TYPE_CHECKING:
     from cake_core.runtime import RunSpec

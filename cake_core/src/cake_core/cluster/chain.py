@@ -18,12 +18,12 @@ from itertools import pairwise
 from typing import Literal
 
 from cake_core.errors import CakeError, NodeUnreachable
-from cake_core.link import Link
+from cake_core.links.link import Link
 from cake_core.model import Batch, Pending, SessionSpec
-from cake_core.protocol import CHAINED, Message, Type
-from cake_core.stage_inputs import inputs_of
-from cake_core.stages import RemoteStage, Stage
+from cake_core.stages.inputs import inputs_of
+from cake_core.stages.stage import RemoteStage, Stage
 from cake_core.transport import Address
+from cake_core.wire.protocol import CHAINED, Message, Type
 
 log = logging.getLogger(__name__)
 
