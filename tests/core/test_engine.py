@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from cake_core.errors import (
     NodeUnreachable,
     QueueFullError,
     RequestError,
+    TransportError,
 )
 from cake_core.events import Embedding, Failed, Finished, PromptDone, TextEvent, TokenEvent
 from cake_core.model import SAMPLE, Batch, LoadOptions, Row, SessionSpec, TextBackend, int32_tensor, int32_values
@@ -314,6 +316,25 @@ def test_other_weights_or_layers_are_named(tmp_path: Path, cluster_of: MakeClust
     cluster.stop("w0")
     with pytest.raises(NodeUnreachable, match="w0"):
         cluster.open_text()
+
+
+def test_who_hangs_up_before_it_is_ours_is_unreachable_not_lost(cluster_of: MakeCluster) -> None:
+    """As a worker that is just ending does: it still takes connections, and closes them."""
+    cluster = cluster_of(CUTS[1])
+    cluster.stop("w0")
+    listener = cluster.listen_again("w0")
+
+    def hang_up() -> None:
+        with contextlib.suppress(TransportError):
+            while True:
+                listener.accept().close()
+
+    thread = threading.Thread(target=hang_up, daemon=True)
+    thread.start()
+    with pytest.raises(NodeUnreachable, match=r"w0 .*hung up"):
+        cluster.open_text()
+    listener.close()
+    thread.join(10.0)
 
 
 def test_nobody_waits_for_a_long_prompt(plugins: Plugins, checkpoint: Checkpoint) -> None:

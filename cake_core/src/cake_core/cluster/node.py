@@ -14,6 +14,7 @@ from cake_core.errors import (
     AuthenticationError,
     CakeError,
     CapacityError,
+    ChannelClosed,
     ConfigError,
     NodeError,
     NodeLost,
@@ -228,6 +229,9 @@ class RemoteNode:
         except TimeoutError:
             link.close()
             raise NodeUnreachable(f"{self.name} at {self.address} does not answer; restart it", self.name) from None
+        except ChannelClosed as error:  # it took the connection and left before it was ours: a process that is ending
+            link.close()
+            raise NodeUnreachable(f"{self.name} at {self.address} hung up ({error}); start it again", self.name) from error
         except CakeError:
             link.close()
             raise

@@ -75,7 +75,7 @@ class LocalCluster:
         chosen = address or Address(name if scheme == "memory" else "127.0.0.1", 0, scheme)
         return self.transport.listen(chosen, None)
 
-    def _listen_again(self, name: str) -> Listener:
+    def listen_again(self, name: str) -> Listener:
         """At the address of before, which a transport may hold a moment longer than the worker that was stopped."""
         until = time.monotonic() + 10.0
         while True:
@@ -95,7 +95,7 @@ class LocalCluster:
         spec = WorkerSpec(checkpoint or self.checkpoint, self.topology, name, options or self.options)
         worker = Worker(self.plugins, spec, self.timing, partial(self.dial_peer, name))
         worker.load()
-        listener = self._listeners.pop(name, None) or self._listen_again(name)
+        listener = self._listeners.pop(name, None) or self.listen_again(name)
         self.workers[name] = worker
         thread = threading.Thread(target=worker.serve, args=(OpenGate(listener),), name=f"worker-{name}", daemon=True)
         self._threads.append(thread)
