@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import httpx
@@ -103,7 +103,7 @@ class ScriptedEngine:
         self.cancelled.set()
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, 0, *(0 for _ in fields(EngineStats)[4:]))
+        return EngineStats(*(0 for field in fields(EngineStats) if field.default_factory is MISSING))
 
 
 class TemplateTokenizer(ToyTokenizer):

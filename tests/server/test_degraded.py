@@ -76,6 +76,7 @@ def test_every_stage_tells_its_work_and_its_cache(cluster: LocalCluster) -> None
         assert 0 < last[own] < last["cake_batch_seconds_total"]
         computed = sum(value for name, value in last.items() if name.startswith("cake_stage_compute_seconds_total"))
         assert last[stage("compute_seconds_total", *attic)] < computed < last["cake_batch_seconds_total"]
+        assert last[stage("compute_seconds_total", *attic)] < last['cake_leg_seconds_total{way="attic"}']
         assert 0 < last[stage("kv_usage_ratio", *attic)] < 1
 
 

@@ -15,7 +15,7 @@ from cake_core.events import Failed, Finished, TextEvent, TokenEvent
 from cake_core.model import ModelInfo
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import TextRuntime
-from cake_core.topology import compress
+from cake_core.topology import MASTER, compress
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class _Stream:
 def bench_text(runtime: TextRuntime, load: Load) -> dict[str, Any]:
     """Medians over `runs`, after one run to warm up. Seconds, bytes, tokens; see `cake bench text --help`."""
     _run(runtime, load, salt=0)
-    before, worked, guessed, began = _traffic(runtime), _work(runtime), runtime.engine.stats(), time.perf_counter()
+    before, worked, earlier, began = _traffic(runtime), _work(runtime), runtime.engine.stats(), time.perf_counter()
     streams = [_run(runtime, load, salt) for salt in range(1, load.runs + 1)]
-    wall, after = time.perf_counter() - began, _traffic(runtime)
+    wall, after, working, stats = time.perf_counter() - began, _traffic(runtime), _work(runtime), runtime.engine.stats()
     first = [s.times[0] - s.began for run in streams for s in run]
     gaps = [b - a for run in streams for s in run for a, b in zip(s.times, s.times[1:], strict=False)]
     rates = [_rate(run) for run in streams]
@@ -71,8 +71,9 @@ def bench_text(runtime: TextRuntime, load: Load) -> dict[str, Any]:
         "prompt_tokens_per_second": load.prompt_tokens * load.concurrency / median(first),
         "wall_seconds": wall,
         "wire_bytes_per_token": {node: (after[node] - before[node]) / generated for node in after},
-        "stages": _stages(worked, _work(runtime), wall, generated),
-        "guesses": _guesses(guessed, runtime.engine.stats()),
+        "stages": _stages(worked, working, wall, generated),
+        "legs": _legs(earlier, stats, worked, working, generated),
+        "guesses": _guesses(earlier, stats),
     }
 
 
@@ -99,6 +100,26 @@ def _stages(before: _Work, after: _Work, wall: float, generated: int) -> list[di
                 "seconds_per_batch": busy / count if count else 0.0,
                 "seconds_per_token": busy / generated,
                 "idle": max(0.0, 1 - busy / wall),
+            }
+        )
+    return found
+
+
+def _legs(before: EngineStats, after: EngineStats, worked: _Work, working: _Work, generated: int) -> list[dict[str, Any]]:
+    """Of each way to workers and back the seconds a generated token, and what of them no stage computed: the wires, and with
+    more batches under way than stages the waiting for others."""
+    found = []
+    for places, seconds in after.legs.items():
+        stages = [(node, ", ".join(compress(layers))) for node, layers in places]
+        if all(node == MASTER for node, _ in stages):
+            continue
+        away = seconds - before.legs.get(places, 0.0)
+        busy = sum(working[stage][1] - worked.get(stage, (0, 0.0))[1] for stage in stages)
+        found.append(
+            {
+                "way": " -> ".join(node for node, _ in stages),
+                "seconds_per_token": away / generated,
+                "wire_seconds_per_token": max(0.0, away - busy) / generated,
             }
         )
     return found
@@ -158,8 +179,6 @@ def floor_seconds(info: ModelInfo, layers: Sequence[str], context: int, bandwidt
 
 def with_floor(report: dict[str, Any], runtime: TextRuntime, speeds: Mapping[str, float]) -> dict[str, Any]:
     """Adds the memory-bandwidth floor of the layers on this node, measured now, and the share of it that was reached."""
-    from cake_core.topology import MASTER
-
     context = report["prompt_tokens"] + report["tokens"] // 2
     floor = floor_seconds(runtime.info, runtime.placement.layers_of(MASTER), context, speeds["memory_bandwidth"])
     reached = floor / report["time_per_token"]["median"] if report["concurrency"] == 1 else None

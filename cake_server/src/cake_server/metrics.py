@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from cake_core.cluster.chain import Places
 from cake_core.events import Usage
 from cake_core.runtime import ImageRuntime, TextRuntime
 from cake_core.topology import compress
@@ -84,6 +85,10 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(
                 "cake_batch_seconds", "For which batches were on their way through the stages, wires included.", stats.seconds
             )
+            legs = CounterMetricFamily("cake_leg_seconds", "For which batches were on this way and back.", labels=("way",))
+            for way, seconds in _ways(stats.legs).items():
+                legs.add_metric((way,), seconds)
+            yield legs
             yield from _stages(runtime)
             yield CounterMetricFamily("cake_guessed_tokens", "Tokens guessed and forwarded.", stats.proposed)
             yield CounterMetricFamily("cake_accepted_tokens", "Guessed tokens that were right.", stats.accepted)
@@ -101,6 +106,15 @@ class _EngineCollector(Collector):
                 traffic.add_metric((status.name, "received"), status.count.bytes_received)
         yield up
         yield traffic
+
+
+def _ways(legs: Mapping[Places, float]) -> dict[str, float]:
+    """Seconds by the nodes that a leg leads over."""
+    found: dict[str, float] = {}
+    for places, seconds in legs.items():
+        way = " -> ".join(node for node, _ in places)
+        found[way] = found.get(way, 0.0) + seconds
+    return found
 
 
 def _stages(runtime: TextRuntime) -> Iterator[Any]:

@@ -77,10 +77,16 @@ def _table(report: dict[str, Any]) -> str:
         if report["floor_reached"] is not None:
             lines.append(f"reached              {report['floor_reached'] * 100:9.1f} % of that")
     lines += [_stage_line(stage) for stage in report["stages"]]
+    lines += [_leg_line(leg) for leg in report["legs"]]
     if report["guesses"]["proposed"]:
         lines.append(f"guesses              {report['guesses']['accepted']:9} right of {report['guesses']['proposed']}")
     lines += [f"wire, {node:<14} {count:9.0f} bytes a token" for node, count in report["wire_bytes_per_token"].items()]
     return "\n".join(lines)
+
+
+def _leg_line(leg: dict[str, Any]) -> str:
+    away, wire = leg["seconds_per_token"] * 1e3, leg["wire_seconds_per_token"] * 1e3
+    return f"to {leg['way']:<17} {away:9.3f} ms a token and back, {wire:.3f} of them wires and waiting"
 
 
 def _stage_line(stage: dict[str, Any]) -> str:

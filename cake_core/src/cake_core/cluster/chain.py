@@ -28,6 +28,8 @@ from cake_core.wire.protocol import CHAINED, Message, Type
 log = logging.getLogger(__name__)
 
 Way = Literal["auto", "star", "chain"]
+Places = tuple[tuple[str, tuple[str, ...]], ...]
+"""Node and layers of each stage of a leg: what the leg is called, on this route and the next."""
 
 HAND_OVER_TIMEOUT = 5.0
 """Seconds until two workers must have reached one another."""
@@ -40,6 +42,11 @@ class Leg:
     """Stages that a batch crosses without coming back to the master: one, or several neighbouring workers'."""
 
     stages: tuple[Stage, ...]
+    places: Places
+
+    @classmethod
+    def over(cls, stages: Sequence[Stage]) -> Leg:
+        return cls(tuple(stages), tuple((stage.node, stage.layers) for stage in stages))
 
     def submit(self, batch: Batch) -> Pending:
         """The answer of the last stage. It fails when any of the links falls, or a hand-over between them is lost."""
@@ -129,7 +136,7 @@ class Router:
             else:
                 legs.append([stage])
         links = tuple(stage.link for stage in bound if isinstance(stage, RemoteStage))
-        return Route(tuple(Leg(tuple(leg)) for leg in legs), links, tuple(hand_overs.values()))
+        return Route(tuple(Leg.over(leg) for leg in legs), links, tuple(hand_overs.values()))
 
     def require(self, route: Route) -> None:
         """Raises NodeUnreachable when a chain was asked for and there is none."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
-from cake_core.cluster.chain import Route, Router
+from cake_core.cluster.chain import Leg, Places, Route, Router
 from cake_core.errors import CakeError, NodeLost, StageError
 from cake_core.model import Batch, Memory, Pending, SessionSpec
 from cake_core.stages.inputs import carried
@@ -35,6 +35,8 @@ class Pipeline:
         self._router = router or Router(self.stages, "star")
         self.seconds = 0.0
         """For which batches have been on their way, all of them added up."""
+        self.legs: dict[Places, float] = {}
+        """The same for each leg of the routes."""
         self._counting = threading.Lock()
         self._route: Route | None = None
         self._routes: dict[int, Route] = {}
@@ -76,11 +78,13 @@ class Pipeline:
 
     def _run(self, route: Route, index: int, batch: Batch, origin: Batch, done: Done) -> None:
         while index < len(route.legs):
+            began = time.perf_counter()
             pending = route.legs[index].submit(batch)
-            index += 1
             if not pending.done():
-                pending.when_done(partial(self._continue, route, index, origin, done))
+                pending.when_done(partial(self._continue, route, index, began, origin, done))
                 return
+            self._crossed(route.legs[index], began)
+            index += 1
             try:
                 batch = _following(route, index, pending.result(), origin)
             except Exception as error:
@@ -88,13 +92,19 @@ class Pipeline:
                 return
         done(batch, None)
 
-    def _continue(self, route: Route, index: int, origin: Batch, done: Done, pending: Pending) -> None:
+    def _continue(self, route: Route, index: int, began: float, origin: Batch, done: Done, pending: Pending) -> None:
+        self._crossed(route.legs[index], began)
+        index += 1
         try:
             batch = _following(route, index, pending.result(), origin)
         except Exception as error:
             done(None, _expected(error))
             return
         self._run(route, index, batch, origin, done)
+
+    def _crossed(self, leg: Leg, began: float) -> None:
+        with self._counting:
+            self.legs[leg.places] = self.legs.get(leg.places, 0.0) + time.perf_counter() - began
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         """Opens a session on every stage; returns the positions that all of them really have.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 
-from cake_core.cluster.chain import Router
+from cake_core.cluster.chain import Places, Router
 from cake_core.detokenize import Detokenizer
 from cake_core.engine.ledger import Ledger
 from cake_core.engine.loop import Loop
@@ -55,6 +55,8 @@ class EngineStats:
     proposed: int = 0
     accepted: int = 0
     """Guessed tokens that were forwarded, and those of them that were right."""
+    legs: Mapping[Places, float] = field(default_factory=dict)
+    """Of `seconds` those of each leg. What its stages did not compute in that time went to wires and waiting."""
 
 
 class TextEngine:
@@ -147,6 +149,7 @@ class TextEngine:
             self._pipeline.seconds,
             guesses.proposed,
             guesses.accepted,
+            dict(self._pipeline.legs),
         )
 
     def wake(self) -> None:
