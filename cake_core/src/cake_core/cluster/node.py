@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
@@ -276,8 +276,3 @@ class RemoteNode:
             self._state, self._link, self._error = state, link, error
             self._changed.notify_all()
         self._on_change(self)
-
-
-def describe_missing(nodes: Sequence[RemoteNode]) -> str:
-    """Who is not up, with address and reason, for 503s and timeouts."""
-    return "; ".join(f"{n.name} at {n.address}: {n.error or 'connecting'}" for n in nodes if n.state not in ("up", "draining"))

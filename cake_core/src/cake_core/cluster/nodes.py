@@ -12,7 +12,7 @@ from cake_core.assignment import Assignment
 from cake_core.bundle import layer_files
 from cake_core.cluster.assigner import NodeAssigner
 from cake_core.cluster.expectation import Expectation
-from cake_core.cluster.node import Dial, RemoteNode, describe_missing
+from cake_core.cluster.node import Dial, RemoteNode
 from cake_core.errors import CakeError, ConfigError, NodeLost
 from cake_core.events import NodeEvent
 from cake_core.links.reports import NodeStatus
@@ -101,7 +101,8 @@ class Nodes:
         away = [node for node in self._nodes.values() if node.state not in ("up", "draining")]
         if not away:
             return None
-        return NodeLost(f"missing: {describe_missing(away)}; restart it there", away[0].name, away[0].address)
+        missing = "; ".join(f"{n.name} at {n.address}: {n.error or 'connecting'}" for n in away)
+        return NodeLost(f"missing: {missing}; restart it there", away[0].name, away[0].address)
 
     def statuses(self, fresh: bool = False) -> list[NodeStatus]:
         for node in self._nodes.values() if fresh else ():
