@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import inspect
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from tests.meta.source import DISTRIBUTIONS, EVERY_MODULE, ROOT
@@ -99,3 +101,16 @@ def test_core_names_no_backend():
     for module in EVERY_MODULE:
         if module.name.startswith("cake_core") and module.name not in allowed and ".cli." not in module.name:
             assert not names.search(module.file.read_text("utf-8")), module.name
+
+
+def test_what_is_marked_full_runs_in_the_full_run():
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", "utf-8")
+    environments = re.findall(r"\w+", tox["tox"]["labels"].split("full =")[1])
+    commands = [line for name in environments for line in tox[f"testenv:{name}"]["commands"].splitlines()]
+    folders = {word for line in commands if "not full" not in line for word in re.findall(r"\btests/\w+", line)}
+    marked = {path for path in (ROOT / "tests").rglob("*.py") if "mark.full" in path.read_text("utf-8")} - {Path(__file__)}
+    assert marked
+    assert {
+        str(path.relative_to(ROOT)) for path in marked if f"tests/{path.relative_to(ROOT).parts[1]}" not in folders
+    } == set()

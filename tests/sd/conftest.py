@@ -21,7 +21,7 @@ from cake_core.model import LoadOptions, Memory, Tensor  # noqa: E402
 from cake_core.requests import ImageRequest  # noqa: E402
 from cake_sd.backend import SdBackend  # noqa: E402
 from cake_sd.loading import dtype_argument  # noqa: E402
-from cake_sd.quiet import quieten  # noqa: E402
+from cake_sd.quiet import auto_pipeline, quieten  # noqa: E402
 
 EMOJI = Path(__file__).parents[2] / "plugins/cake_emoji/src/cake_emoji/model"
 BACKEND = SdBackend()
@@ -198,6 +198,12 @@ def plain(folder: Path, dtype: str = "f32") -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def image_to_image(pipeline: Any) -> Any:
+    found = auto_pipeline().AutoPipelineForImage2Image.from_pipe(pipeline)
+    found.set_progress_bar_config(disable=True)
+    return found
 
 
 def pictures(pipeline: Any, seed: int, **call: Any) -> list[bytes]:

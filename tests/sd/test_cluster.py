@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.sd.processes import Worker, master, plugins_over_tcp
 
 from cake_core.errors import NodeError
 from cake_core.events import ImageDone, ImageStep
 from cake_core.formats.diffusers import DiffusersCheckpoint
-from cake_core.links.connect import Connector, Keyring
 from cake_core.model import LoadOptions
-from cake_core.plugins import Plugins
 from cake_core.requests import ImageRequest
-from cake_core.runtime import ImageRuntime, RunSpec, open_image
+from cake_core.runtime import ImageRuntime
 from cake_core.testing.cluster import LocalCluster
-from cake_core.topology import parse_topology
-from cake_sd import hooks
 
 FAMILIES = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux", "pixart")
 REQUEST = ImageRequest("a red apple", width=64, height=48, steps=3, seed=7)
-PATIENCE = 90.0
 
 
-def _plugins() -> Plugins:
-    from cake_transport_tcp import hooks as tcp
-
-    plugins = Plugins(entries=())
-    plugins.register("sd", hooks)
-    plugins.register("tcp", tcp)
-    return plugins
-
-
-def _paint(runtime: ImageRuntime, request: ImageRequest = REQUEST) -> list[bytes]:
+def paint(runtime: ImageRuntime, request: ImageRequest = REQUEST) -> list[bytes]:
     return [event.rgb for event in runtime.engine.generate(request) if isinstance(event, ImageDone)]
 
 
@@ -54,7 +38,7 @@ def _paint(runtime: ImageRuntime, request: ImageRequest = REQUEST) -> list[bytes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_seeds_own_split_over_tcp(kit: Any, model: Any, family: str, dtype: str) -> None:
     """The denoiser on one worker, everything else on the other: bit for bit diffusers."""
-    folder, plugins = model(family), _plugins()
+    folder, plugins = model(family), plugins_over_tcp()
     checkpoint, options = DiffusersCheckpoint(folder), LoadOptions(dtype=dtype, device="cpu")
     names = [layer.name for layer in plugins.backends["sd"].describe(checkpoint, options).layers]
     layers = {
@@ -66,24 +50,24 @@ def test_the_seeds_own_split_over_tcp(kit: Any, model: Any, family: str, dtype: 
         kit.plain(folder, dtype), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3, **binning
     )
     with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], layers, options) as cluster:
-        assert _paint(cluster.open_image()) == expected
+        assert paint(cluster.open_image()) == expected
 
 
 def test_a_loop_beside_the_denoiser_over_tcp(model: Any) -> None:
-    plugins, checkpoint = _plugins(), DiffusersCheckpoint(model("sdxl"))
+    plugins, checkpoint = plugins_over_tcp(), DiffusersCheckpoint(model("sdxl"))
     options = LoadOptions(dtype="f32", device="cpu")
     with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
-        expected = _paint(cluster.open_image())
+        expected = paint(cluster.open_image())
     with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
         looping = LoadOptions(dtype="f32", device="cpu", extra={"sd_loop": "worker"})
         runtime = cluster.open_image(options=looping)
         steps = [event for event in runtime.engine.generate(REQUEST) if isinstance(event, ImageStep)]
         assert [step.step for step in steps] == list(range(1, steps[0].steps + 1))
-        assert _paint(runtime) == expected
+        assert paint(runtime) == expected
 
 
 def test_a_request_waits_for_a_lost_node_as_long_as_it_was_told(model: Any) -> None:
-    plugins, checkpoint = _plugins(), DiffusersCheckpoint(model("sd15"))
+    plugins, checkpoint = plugins_over_tcp(), DiffusersCheckpoint(model("sd15"))
     options = LoadOptions(dtype="f32", device="cpu")
     with LocalCluster(plugins, checkpoint, plugins.transports["tcp"], {"w0": ["unet"]}, options) as cluster:
         runtime = cluster.open_image(rejoin=0.5)
@@ -96,98 +80,38 @@ def test_a_request_waits_for_a_lost_node_as_long_as_it_was_told(model: Any) -> N
         assert 0.4 <= time.monotonic() - started < 20.0, "half a second, not the half minute that it is otherwise"
 
 
-class _Worker:
-    """`cake worker` in a process of its own: `layer` of `folder`, or what a bundle says when no layer is named."""
-
-    def __init__(self, folder: Path, home: Path, name: str, layer: str = "") -> None:
-        self.name, self.layer = name, layer
-        command = [sys.executable, "-m", "cake_core", "worker", "--model", str(folder), "--model-type", "image"]
-        command += ["--device", "cpu", "--dtype", "f32", "--name", name, "--address", "127.0.0.1:0", "--insecure"]
-        if layer:
-            topology = home / f"{name}.yml"
-            topology.write_text(f"{name}:\n  host: 127.0.0.1:1\n  layers: [{layer}]\n")
-            command += ["--topology", str(topology)]
-        environment = {**os.environ, "CAKE_PLUGINS": "sd,tcp", "OMP_NUM_THREADS": "1", "CAKE_CONFIG_DIR": str(home)}
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self._ready = threading.Event()
-        self._output: list[str] = []
-        self._port = 0
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout or ():
-            self._output.append(line)
-            if found := re.search(r"listening on tcp://127\.0\.0\.1:(\d+)", line):
-                self._port = int(found[1])
-                self._ready.set()
-        self._ready.set()
-
-    @property
-    def port(self) -> int:
-        assert self._ready.wait(PATIENCE), "the worker did not start"
-        assert self._port, "".join(self._output)
-        return self._port
-
-    def end(self, how: int = signal.SIGTERM) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(how)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._reader.join(10)
-        if self.process.stdout:
-            self.process.stdout.close()
-
-
 @pytest.fixture(scope="module")
-def workers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, _Worker]]:
+def workers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
     """Four processes: each component once, the unet twice."""
     home = tmp_path_factory.mktemp("workers")
     layers = {"w0": "unet", "w1": "clip", "w2": "vae", "w3": "unet"}
-    started = {name: _Worker(model("sd15"), home, name, layer) for name, layer in layers.items()}
+    started = {name: Worker(home, name, model("sd15"), layer) for name, layer in layers.items()}
     yield started
     for worker in started.values():
         worker.end()
 
 
-def _entries(chosen: list[_Worker]) -> dict[str, Any]:
+def _entries(chosen: list[Worker]) -> dict[str, Any]:
     return {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": [worker.layer]} for worker in chosen}
 
 
-@contextmanager
-def _master(folder: Path, entries: dict[str, Any], **extra: Any) -> Iterator[ImageRuntime]:
-    plugins = _plugins()
-    keyring = Keyring(None, folder, True, lambda _key: None)
-    options = LoadOptions(dtype="f32", device="cpu", extra=extra)
-    dial = Connector(plugins, keyring).dial
-    spec = RunSpec(DiffusersCheckpoint(folder), parse_topology(entries), options, dial, wait=30.0)
-    runtime = open_image(plugins, spec)
-    try:
-        yield runtime
-    finally:
-        runtime.close()
-
-
 @pytest.mark.timeout(240)
-def test_every_split_over_real_processes(kit: Any, model: Any, workers: dict[str, _Worker]) -> None:
+def test_every_split_over_real_processes(kit: Any, model: Any, workers: dict[str, Worker]) -> None:
     folder = model("sd15")
     expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=3)
     for count in (1, 2, 3, 4):
         for names in itertools.combinations(workers, count):
-            with _master(folder, _entries([workers[name] for name in names])) as runtime:
-                assert _paint(runtime) == expected, f"split over {names}"
+            with master(folder, _entries([workers[name] for name in names])) as runtime:
+                assert paint(runtime) == expected, f"split over {names}"
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model: Any, workers: dict[str, _Worker]) -> None:
+def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model: Any, workers: dict[str, Worker]) -> None:
     folder = model("sd15")
     request = ImageRequest("a red apple", width=64, height=48, steps=12, seed=7)
     expected = kit.pictures(kit.plain(folder), 7, prompt="a red apple", width=64, height=48, num_inference_steps=12)
     painted: list[bytes] = []
-    with _master(folder, _entries(list(workers.values()))) as runtime:
+    with master(folder, _entries(list(workers.values()))) as runtime:
         for event in runtime.engine.generate(request):
             if isinstance(event, ImageStep) and event.step == 4:
                 workers["w0"].end(signal.SIGKILL)
@@ -198,7 +122,7 @@ def test_a_worker_killed_in_mid_image_is_replaced_by_its_replica(kit: Any, model
 
 
 @pytest.mark.timeout(240)
-def test_bundles_are_enough_for_worker_processes_and_their_master(kit: Any, model: Any, tmp_path: Path) -> None:
+def test_bundles_are_enough_for_worker_processes_and_theirmaster(kit: Any, model: Any, tmp_path: Path) -> None:
     """The model is split and gone: each worker has its component's folder, the master not a single weight."""
     folder = Path(shutil.copytree(model("sd15"), tmp_path / "model"))
     layers = {"w0": ["unet"], "w1": ["clip", "vae"]}
@@ -210,11 +134,11 @@ def test_bundles_are_enough_for_worker_processes_and_their_master(kit: Any, mode
     shutil.rmtree(folder)
     held = {name: {path.parent.name for path in (out / f"{name}-node").rglob("*.safetensors")} for name in (*layers, "master")}
     assert held == {"w0": {"unet"}, "w1": {"text_encoder", "vae"}, "master": set()}
-    started = [_Worker(out / f"{name}-node", tmp_path, name) for name in layers]
+    started = [Worker(tmp_path, name, out / f"{name}-node") for name in layers]
     try:
         entries = {worker.name: {"host": f"127.0.0.1:{worker.port}", "layers": layers[worker.name]} for worker in started}
-        with _master(out / "master-node/model", entries) as runtime:
-            assert _paint(runtime) == expected
+        with master(out / "master-node/model", entries) as runtime:
+            assert paint(runtime) == expected
     finally:
         for worker in started:
             worker.end()

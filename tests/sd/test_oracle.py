@@ -20,7 +20,7 @@ WITH_IMG2IMG = ("sd15", "sd21", "sdxl", "turbo", "sd3", "flux")
 PROMPT, NEGATIVE = "a red apple", "grey"
 
 
-def _call(family: str, **extra: Any) -> dict[str, Any]:
+def call_of(family: str, **extra: Any) -> dict[str, Any]:
     call = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 0.0 if family == "turbo" else 5.0, **extra}
     if family in ("sd15", "sd21", "sdxl", "sd3", "pixart"):
         call["negative_prompt"] = NEGATIVE
@@ -29,14 +29,14 @@ def _call(family: str, **extra: Any) -> dict[str, Any]:
     return call
 
 
-def _request(family: str, **extra: Any) -> ImageRequest:
-    negative = NEGATIVE if "negative_prompt" in _call(family) else ""
+def request_for(family: str, **extra: Any) -> ImageRequest:
+    negative = NEGATIVE if "negative_prompt" in call_of(family) else ""
     return ImageRequest(
         PROMPT, negative, steps=3, guidance=0.0 if family == "turbo" else 5.0, seed=7, **{"width": 64, "height": 48, **extra}
     )
 
 
-def _png(width: int = 64, height: int = 48, mode: str = "RGB") -> tuple[Any, bytes]:
+def image_and_png(width: int = 64, height: int = 48, mode: str = "RGB") -> tuple[Any, bytes]:
     from PIL import Image
 
     image = Image.new(mode, (width, height))
@@ -55,42 +55,47 @@ def test_text_to_image_is_diffusers_bit_for_bit(
     kit: Any, model: Callable[[str], Path], cluster: Any, family: str, dtype: str
 ) -> None:
     folder = model(family)
-    expected = kit.pictures(kit.plain(folder, dtype), 7, width=64, height=48, **_call(family))
+    expected = kit.pictures(kit.plain(folder, dtype), 7, width=64, height=48, **call_of(family))
     for remote in ((), ("clip", "clip2", "clip3", "unet", "transformer", "vae")):
-        assert cluster(folder, remote, dtype).paint(_request(family)) == expected, f"remote: {remote}"
+        assert cluster(folder, remote, dtype).paint(request_for(family)) == expected, f"remote: {remote}"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("family", WITH_IMG2IMG)
-def test_image_to_image_is_diffusers_bit_for_bit(kit: Any, model: Callable[[str], Path], cluster: Any, family: str) -> None:
+def test_image_to_image_is_diffusers_bit_for_bit(
+    kit: Any, model: Callable[[str], Path], cluster: Any, family: str, dtype: str
+) -> None:
     folder = model(family)
-    image, data = _png()
-    pipeline = auto_pipeline().AutoPipelineForImage2Image.from_pipe(kit.plain(folder))
-    pipeline.set_progress_bar_config(disable=True)
+    image, data = image_and_png()
+    pipeline = kit.image_to_image(kit.plain(folder, dtype))
     size = {"width": 64, "height": 48} if family in ("flux", "sd3") else {}
-    expected = kit.pictures(pipeline, 7, image=image, strength=0.7, **size, **_call(family))
-    request = _request(family, init_image=data, strength=0.7)
+    expected = kit.pictures(pipeline, 7, image=image, strength=0.7, **size, **call_of(family))
+    request = request_for(family, init_image=data, strength=0.7)
     for remote in ((), ("clip", "clip2", "clip3", "unet", "transformer", "vae")):
-        assert cluster(folder, remote).paint(request) == expected, f"remote: {remote}"
+        assert cluster(folder, remote, dtype).paint(request) == expected, f"remote: {remote}"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_inpainting_is_diffusers_bit_for_bit(kit: Any, model: Callable[[str], Path], cluster: Any, family: str) -> None:
+def test_inpainting_is_diffusers_bit_for_bit(
+    kit: Any, model: Callable[[str], Path], cluster: Any, family: str, dtype: str
+) -> None:
     folder = model(family)
-    image, data = _png()
-    mask, mask_data = _png(mode="L")
-    pipeline = auto_pipeline().AutoPipelineForInpainting.from_pipe(kit.plain(folder))
+    image, data = image_and_png()
+    mask, mask_data = image_and_png(mode="L")
+    pipeline = auto_pipeline().AutoPipelineForInpainting.from_pipe(kit.plain(folder, dtype))
     pipeline.set_progress_bar_config(disable=True)
-    expected = kit.pictures(pipeline, 7, image=image, mask_image=mask, strength=0.9, width=64, height=48, **_call(family))
-    request = _request(family, init_image=data, mask=mask_data, strength=0.9)
+    expected = kit.pictures(pipeline, 7, image=image, mask_image=mask, strength=0.9, width=64, height=48, **call_of(family))
+    request = request_for(family, init_image=data, mask=mask_data, strength=0.9)
     for remote in ((), ("clip", "clip2", "unet", "vae")):
-        assert cluster(folder, remote).paint(request) == expected, f"remote: {remote}"
+        assert cluster(folder, remote, dtype).paint(request) == expected, f"remote: {remote}"
 
 
 @pytest.mark.parametrize("remote", [("clip",), ("unet",), ("vae",), ("clip", "vae"), ("clip", "unet"), ("unet", "vae")])
 def test_every_split_paints_the_same(kit: Any, model: Callable[[str], Path], cluster: Any, remote: tuple[str, ...]) -> None:
     folder = model("sd15")
-    expected = kit.pictures(kit.plain(folder), 7, width=64, height=48, **_call("sd15"))
-    assert cluster(folder, remote).paint(_request("sd15")) == expected
+    expected = kit.pictures(kit.plain(folder), 7, width=64, height=48, **call_of("sd15"))
+    assert cluster(folder, remote).paint(request_for("sd15")) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +106,7 @@ def test_the_loop_beside_the_denoiser_is_the_same(
     if start and family not in WITH_IMG2IMG:
         pytest.skip("no image-to-image pipeline")
     folder = model(family)
-    request = _request(family, **({"init_image": _png()[1], "strength": 0.7} if start else {}))
+    request = request_for(family, **({"init_image": image_and_png()[1], "strength": 0.7} if start else {}))
     remote = ("unet", "transformer")
     stepwise, looping = cluster(folder, remote), cluster(folder, remote, loop="worker")
     assert looping.paint(request) == stepwise.paint(request)
@@ -111,7 +116,7 @@ def test_the_loop_beside_the_denoiser_is_the_same(
 
 
 def test_inpainting_in_a_loop_beside_the_denoiser(kit: Any, model: Callable[[str], Path], cluster: Any) -> None:
-    request = _request("sd15", init_image=_png()[1], mask=_png(mode="L")[1], strength=0.9)
+    request = request_for("sd15", init_image=image_and_png()[1], mask=image_and_png(mode="L")[1], strength=0.9)
     folder = model("sd15")
     assert cluster(folder, ("unet",), loop="worker").paint(request) == cluster(folder).paint(request)
 
@@ -124,8 +129,8 @@ def test_a_master_without_weights_is_enough(
     bare = kit.weightless(folder, tmp_path / "bare")
     assert not list(bare.rglob("*.safetensors"))
     everything = ("clip", "clip2", "clip3", "unet", "transformer", "vae")
-    expected = cluster(folder).paint(_request(family))
-    assert cluster(folder, everything, master=bare).paint(_request(family)) == expected
+    expected = cluster(folder).paint(request_for(family))
+    assert cluster(folder, everything, master=bare).paint(request_for(family)) == expected
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
@@ -138,11 +143,11 @@ def test_clip_skip_takes_an_earlier_state(
     if family == "sd15" and not hasattr(pipeline.text_encoder, "text_model"):
         # diffusers looks for the norm one level deeper than newer transformers have it
         object.__setattr__(pipeline.text_encoder, "text_model", pipeline.text_encoder)
-    expected = kit.pictures(pipeline, 7, width=64, height=48, clip_skip=clip_skip, **_call(family))
-    request = _request(family, extra={"clip_skip": clip_skip})
+    expected = kit.pictures(pipeline, 7, width=64, height=48, clip_skip=clip_skip, **call_of(family))
+    request = request_for(family, extra={"clip_skip": clip_skip})
     for remote in ((), ("clip", "clip2")):
         assert cluster(folder, remote).paint(request) == expected
-    assert cluster(folder).paint(_request(family)) != expected
+    assert cluster(folder).paint(request_for(family)) != expected
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "euler-ancestral", "heun", "dpm++", "unipc", "ddpm", "kdpm2", "pndm"])
@@ -154,17 +159,17 @@ def test_schedulers_are_those_of_diffusers(kit: Any, model: Callable[[str], Path
     folder = model("sd15")
     pipeline = kit.plain(folder)
     pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
-    expected = kit.pictures(pipeline, 7, width=64, height=48, **_call("sd15"))
-    assert cluster(folder, ("unet",)).paint(_request("sd15", extra={"scheduler": name})) == expected
+    expected = kit.pictures(pipeline, 7, width=64, height=48, **call_of("sd15"))
+    assert cluster(folder, ("unet",)).paint(request_for("sd15", extra={"scheduler": name})) == expected
 
 
 @pytest.mark.parametrize("parallel", ["images", "guidance"])
 def test_several_images_are_each_their_seed(kit: Any, model: Callable[[str], Path], cluster: Any, parallel: str) -> None:
     folder = model("sd15")
     pipeline = kit.plain(folder)
-    expected = [kit.pictures(pipeline, 7 + k, width=64, height=48, **_call("sd15"))[0] for k in range(4)]
+    expected = [kit.pictures(pipeline, 7 + k, width=64, height=48, **call_of("sd15"))[0] for k in range(4)]
     made = cluster(folder, ("unet",), replicas={"unet": 2}, parallel=parallel)
-    painted = made.paint(_request("sd15", images=4))
+    painted = made.paint(request_for("sd15", images=4))
     if parallel == "images":
         assert painted == expected
         calls = [wire.methods.count("forward") for wire in made.wires["unet"]]
@@ -182,7 +187,7 @@ def test_an_image_is_decoded_while_another_node_denoises_the_next(
 ) -> None:
     """The first picture is held back until the second one's denoising has begun, or until it is clear that it waits for it."""
     pipeline, folder = kit.plain(model("sd15")), model("sd15")
-    expected = [kit.pictures(pipeline, 7 + k, width=64, height=48, **_call("sd15"))[0] for k in range(3)]
+    expected = [kit.pictures(pipeline, 7 + k, width=64, height=48, **call_of("sd15"))[0] for k in range(3)]
     made = cluster(folder, remote, node=node)
     vae, unet = (made.components[layer][0] for layer in ("vae", "unet"))
     begun, forwards, met = threading.Event(), 0, []
@@ -199,7 +204,7 @@ def test_an_image_is_decoded_while_another_node_denoises_the_next(
 
     _before(unet, count)
     _before(vae, hold)
-    assert made.paint(_request("sd15", images=3)) == expected
+    assert made.paint(request_for("sd15", images=3)) == expected
     assert met[0] == overlaps
 
 
@@ -227,7 +232,7 @@ def test_halves_of_guidance_on_two_nodes_change_rounding_only(
     decoded: list[torch.Tensor] = []
     monkeypatch.setattr("cake_sd.components.to_pixels", lambda image: decoded.append(image.clone()) or to_pixels(image))
     denoiser = "unet" if family in ("sd15", "sdxl") else "transformer"
-    request = replace(_request(family), steps=20)
+    request = replace(request_for(family), steps=20)
     made = cluster(model(family), (denoiser,), replicas={denoiser: 2}, parallel="guidance")
     made.paint(request)
     calls = [wire.methods.count("forward") for wire in made.wires[denoiser]]
@@ -243,15 +248,15 @@ def test_a_batch_is_what_diffusers_makes_of_a_batch(kit: Any, model: Callable[[s
     folder = model("sd15")
     generators = [torch.Generator("cpu").manual_seed(7 + k) for k in range(3)]
     expected = kit.plain(folder)(
-        generator=generators, num_images_per_prompt=3, width=64, height=48, output_type="pil", **_call("sd15")
+        generator=generators, num_images_per_prompt=3, width=64, height=48, output_type="pil", **call_of("sd15")
     )
-    painted = cluster(folder, ("unet", "vae")).paint(_request("sd15", images=3, extra={"batch": 3}))
+    painted = cluster(folder, ("unet", "vae")).paint(request_for("sd15", images=3, extra={"batch": 3}))
     assert painted == [image.tobytes() for image in expected.images]
 
 
 def test_flux_with_a_negative_prompt_guides_by_it(kit: Any, model: Callable[[str], Path], cluster: Any) -> None:
     folder = model("flux")
-    call = _call("flux", negative_prompt=NEGATIVE, true_cfg_scale=3.0, guidance_scale=3.0)
+    call = call_of("flux", negative_prompt=NEGATIVE, true_cfg_scale=3.0, guidance_scale=3.0)
     expected = kit.pictures(kit.plain(folder), 7, width=64, height=48, **call)
     request = ImageRequest(PROMPT, NEGATIVE, steps=3, guidance=3.0, seed=7, width=64, height=48)
     for options in ({}, {"loop": "worker"}):

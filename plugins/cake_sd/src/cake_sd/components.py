@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -166,15 +167,27 @@ class VaeComponent(TorchComponent):
     def __init__(self, about: About, module: torch.nn.Module) -> None:
         super().__init__(about, module)
         self.methods |= {"encode": self._encode, "decode": self._decode}
+        self._upcasts = bool(getattr(getattr(module, "config", None), "force_upcast", False))
+        self._using = threading.Lock()
+        """Held while the module computes: encoding may change its dtype for the while."""
 
     def _encode(self, _request: int, arguments: Arguments) -> Results:
-        encoded: Any = self.module.encode(arguments["x"].to(self.dtype))  # type: ignore[operator]
+        """In f32 where diffusers does: its SDXL pipelines hand a picture over in f32 to what says `force_upcast`."""
+        x = arguments["x"]
+        dtype = x.dtype if self._upcasts and x.dtype == torch.float32 else self.dtype
+        with self._using:
+            self.module.to(dtype)
+            try:
+                encoded: Any = self.module.encode(x.to(dtype))  # type: ignore[operator]
+            finally:
+                self.module.to(self.dtype)  # exactly what it was: f32 holds all of bf16
         if not hasattr(encoded, "latent_dist"):
             raise StageError(f"{self.about.class_name} does not encode to a distribution; it cannot start from an image")
         return {"moments": encoded.latent_dist.parameters}
 
     def _decode(self, _request: int, arguments: Arguments) -> Results:
-        decoded: Any = self.module.decode(arguments["z"].to(self.dtype), return_dict=False)  # type: ignore[operator]
+        with self._using:
+            decoded: Any = self.module.decode(arguments["z"].to(self.dtype), return_dict=False)  # type: ignore[operator]
         image = decoded[0]
         if not bool(torch.isfinite(image).all()):
             raise StageError(
