@@ -77,7 +77,7 @@ def test_decode(model_of: ModelOf, name: str, prompt: int) -> None:
     assert difference(found, oracle.logits(tokens, prompt)) < BOUND
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2-window", "phi3-longrope"])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4])
 def test_every_cut(model_of: ModelOf, name: str, nodes: int) -> None:
     folder, oracle = model_of(name)
