@@ -59,7 +59,7 @@ class Connection:
         number = self.quic.get_next_available_stream_id()
         channel = self._channel(number, binding)
         # A stream that carries nothing does not exist for the peer: an empty record shows it.
-        self.quic.send_stream_data(number, bytes(4))
+        library.send(self.quic, number, bytes(4))
         return channel
 
     def advance(self, now: float) -> None:
@@ -131,7 +131,7 @@ class Connection:
             channel.arrived(data)
         except ProtocolError as error:
             self._lose(number, f"{self.peer}: {error}")
-            self._stop(number)
+            library.stop(self.quic, number)
             return
         if last:
             channel.finished(f"{self.peer} closed the connection")
@@ -149,17 +149,15 @@ class Connection:
         if self.failure or number not in self._channels:
             return
         if end == "reset":
-            self._stop(number)
+            library.stop(self.quic, number)
             self._forget(number)
             return
-        self.quic.send_stream_data(number, data, end_stream=end == "finish")
-        if end == "finish":
+        if not library.send(self.quic, number, data, last=end == "finish"):
+            self._lose(number, f"{self.peer} closed the connection")
+            self._forget(number)
+        elif end == "finish":
             # Whatever still comes is for nobody; the peer learns from our end that it need not go on.
             self._forget(number)
-
-    def _stop(self, number: int) -> None:
-        self.quic.reset_stream(number, 0)
-        self.quic.stop_stream(number, 0)
 
     def _lose(self, number: int, reason: str) -> None:
         channel = self._channels.get(number)

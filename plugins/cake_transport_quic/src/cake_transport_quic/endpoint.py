@@ -113,15 +113,22 @@ class Endpoint:
             self._calls.get()()
         now = time.monotonic()
         for connection in list(self._connections):
+            self._drive(connection, now)
+            for identifier in connection.identifiers:
+                self._by_identifier[identifier] = connection
+            if connection.failure:
+                self._remove(connection)
+
+    def _drive(self, connection: Connection, now: float) -> None:
+        try:
             timer = connection.quic.get_timer()
             if timer is not None and timer <= now:
                 connection.quic.handle_timer(now)
             connection.advance(now)
             self._send(connection, now)
-            for identifier in connection.identifiers:
-                self._by_identifier[identifier] = connection
-            if connection.failure:
-                self._remove(connection)
+        except Exception as error:  # a defect that one connection meets is not the end of the others
+            log.exception("the QUIC connection to %s failed", connection.peer)
+            connection.fail(f"lost {connection.peer}: {type(error).__name__}: {error}")
 
     def _read(self) -> None:
         for _ in range(_TURN):

@@ -5,6 +5,7 @@ The connection is used without asyncio: datagrams and the time go in, datagrams,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import ssl
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from qh3._hazmat import pull_quic_header
 from qh3.quic.configuration import QuicConfiguration
-from qh3.quic.connection import QuicConnection
+from qh3.quic.connection import QuicConnection, QuicConnectionError
 from qh3.quic.events import (
     ConnectionIdIssued,
     ConnectionIdRetired,
@@ -42,6 +43,8 @@ __all__ = [
     "dialling",
     "listening",
     "other_version",
+    "send",
+    "stop",
 ]
 
 IDLE = 15.0
@@ -75,6 +78,22 @@ def dialling() -> QuicConfiguration:
     configuration.verify_mode = ssl.CERT_NONE
     configuration.server_name = "cake"
     return configuration
+
+
+def send(connection: QuicConnection, number: int, data: bytes, last: bool = False) -> bool:
+    """Whether the stream still takes it: the library knows of a peer's reset or STOP_SENDING before it has told us."""
+    try:
+        connection.send_stream_data(number, data, end_stream=last)
+    except (ValueError, QuicConnectionError):
+        return False
+    return True
+
+
+def stop(connection: QuicConnection, number: int) -> None:
+    """Ends a stream both ways; one that is over already stays so."""
+    for end in (connection.reset_stream, connection.stop_stream):
+        with contextlib.suppress(ValueError, QuicConnectionError):
+            end(number, 0)
 
 
 def binding(connection: QuicConnection) -> bytes:
