@@ -1,9 +1,10 @@
 """A worker that never saw the model: time from the question to the first token, against the time its weights take on the wire.
 
-    python benchmarks/cold_join.py [--rate 125e6] [--layers 16]
+    python benchmarks/cold_join.py [--rate 125e6] [--layers 16] [--plain]
 
 Two processes of the command line with homes of their own, and a relay between them that carries `rate` bytes a second. The
 model has random weights in bf16, 122 MB a layer, all layers on the worker. Asked twice: the second time nothing is sent.
+`--plain` hides zstandard from both, so that pieces travel as they are.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rate", type=float, default=125e6, help="bytes a second of the wire")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--plain", action="store_true", help="without zstd")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         work = Path(made)
@@ -108,7 +110,11 @@ def main() -> None:
         layers = f"[model.layers.0-{given.layers - 1}]"
         (work / "topology.yml").write_text(f"far:\n  host: 127.0.0.1:{front}\n  layers: {layers}\n")
         homes = [{**os.environ, "HOME": str(work / n), "CAKE_CLUSTER_KEY": "ab" * 32, "CAKE_WORKERS": "none"} for n in "ab"]
+        if given.plain:
+            (work / "hidden").mkdir()
+            (work / "hidden" / "zstandard.py").write_text("raise ImportError")
         for home in homes:
+            home["PYTHONPATH"] = str(work / "hidden")
             home.pop("CAKE_CACHE_DIR", None)
             home.pop("XDG_CACHE_HOME", None)
         worker = subprocess.Popen([*CAKE, "worker", "--name", "far", "--address", f"127.0.0.1:{port}"], env=homes[1], cwd=work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,25 @@ def test_a_backend_is_warmed_while_weights_are_fetched_and_then_loads(
     assert node.status().state == "up", "what warming failed with is for loading to say"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there every model is loaded whole")
+@pytest.mark.parametrize("streams", [True, False])
+def test_only_a_backend_that_waits_for_bytes_is_given_a_model_that_is_not_all_here(
+    farm: Farm, model: Checkpoint, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    load, early = ToyTextBackend.load, list[bool]()
+
+    def loads(self: ToyTextBackend, checkpoint: Checkpoint, *args: Any, **more: Any) -> Any:
+        early.append(checkpoint.wait is not None)
+        return load(self, checkpoint, *args, **more)
+
+    monkeypatch.setattr(ToyTextBackend, "load", loads)
+    if not streams:
+        monkeypatch.delattr(ToyTextBackend, "streams")
+    farm.start("w")
+    farm.node("w", model, FRONT).wait_up(10)
+    assert early == [streams]
+
+
 def test_what_lies_in_the_cache_is_a_checkpoint(farm: Farm, model: Checkpoint) -> None:
     worker = farm.start("w")
     layers = (BACK[1], "model.norm", "lm_head")
@@ -202,20 +222,23 @@ def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_
 @pytest.mark.parametrize(
     "change",
     [
-        {"files": [["../x", "0" * 64, 1]]},
-        {"files": [["/etc/passwd", "0" * 64, 1]]},
-        {"files": [["C:\\x", "0" * 64, 1]]},
-        {"files": [["a/b/c", "0" * 64, 1]]},
-        {"files": [["x\0y", "0" * 64, 1]]},
-        {"files": [["con", "0" * 64, 1]]},
-        {"files": [[".hidden", "0" * 64, 1]]},
-        {"files": [["x" * 200, "0" * 64, 1]]},
-        {"files": [["x ", "0" * 64, 1]]},
-        {"files": [["x", "../../../x", 1]]},
-        {"files": [["x", "0" * 64, -1]]},
-        {"files": [["x", "0" * 64, True]]},
-        {"files": [["x", "0" * 64, 1], ["X", "1" * 64, 1]]},
-        {"files": [["x", "0" * 64]]},
+        {"files": [["../x", "0" * 64, 1, 1]]},
+        {"files": [["/etc/passwd", "0" * 64, 1, 1]]},
+        {"files": [["C:\\x", "0" * 64, 1, 1]]},
+        {"files": [["a/b/c", "0" * 64, 1, 1]]},
+        {"files": [["x\0y", "0" * 64, 1, 1]]},
+        {"files": [["con", "0" * 64, 1, 1]]},
+        {"files": [[".hidden", "0" * 64, 1, 1]]},
+        {"files": [["x" * 200, "0" * 64, 1, 1]]},
+        {"files": [["x ", "0" * 64, 1, 1]]},
+        {"files": [["x", "../../../x", 1, 1]]},
+        {"files": [["x", "0" * 64, -1, 0]]},
+        {"files": [["x", "0" * 64, True, 1]]},
+        {"files": [["x", "0" * 64, 1, 1], ["X", "1" * 64, 1, 1]]},
+        {"files": [["x", "0" * 64, 1]]},
+        {"files": [["x", "0" * 64, 1, 2]]},
+        {"files": [["x", "0" * 64, 1, -1]]},
+        {"files": [["x", "0" * 64, 1, True]]},
         {"stages": []},
         {"stages": [[]]},
         {"stages": [[7]]},
@@ -226,7 +249,7 @@ def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_
     ],
 )
 def test_hostile_assignments_are_refused(change: dict[str, Any]) -> None:
-    good = Assignment("m", "model", "text", (FRONT,), LoadOptions(), (FileSpec("config.json", "0" * 64, 3),)).as_fields()
+    good = Assignment("m", "model", "text", (FRONT,), LoadOptions(), (FileSpec("config.json", "0" * 64, 3, 3),)).as_fields()
     assert Assignment.from_fields(good).as_fields() == good
     with pytest.raises(ProtocolError):
         Assignment.from_fields({**good, **change})
@@ -238,7 +261,7 @@ def test_a_hostile_master_writes_nothing_outside_the_cache(farm: Farm, model: Ch
     for path in ("../../escaped", "/etc/escaped", "models/../../../escaped"):
         fields = Assignment("m", "model", "text", (FRONT,), LoadOptions(), ()).as_fields()
         with pytest.raises(ChannelClosed, match="no path inside"):
-            farm.link("w").ask(Type.ASSIGN, {**fields, "files": [[path, "0" * 64, 5]]}).result(5)
+            farm.link("w").ask(Type.ASSIGN, {**fields, "files": [[path, "0" * 64, 5, 5]]}).result(5)
     assert sorted(tmp_path.rglob("*")) == before
     assert worker.serving is None
 

@@ -51,7 +51,7 @@ def manifest_of_a_peer(folder: Path, name: str) -> bool:
     cache = Store(folder / "cache")
     cache.files.mkdir(parents=True)
     cache.path(CONTENT).write_bytes(b"123")
-    Views(cache).lay_out(parse_files([[name, CONTENT, 3]]))
+    Views(cache).lay_out(parse_files([[name, CONTENT, 3, 3]]))
     return (folder / "outside" / "x").exists()
 
 
@@ -221,7 +221,7 @@ def link_in_the_place_of_a_model(folder: Path) -> bool:
     cache = Store(folder / "cache")
     cache.files.mkdir(parents=True)
     cache.path(CONTENT).write_bytes(b"123")
-    files = parse_files([["config.json", CONTENT, 3]])
+    files = parse_files([["config.json", CONTENT, 3, 3]])
     (cache.folder / "models").mkdir()
     (cache.folder / "models" / manifest.view_name(files)).symlink_to(folder / "outside")
     Views(cache).lay_out(files)

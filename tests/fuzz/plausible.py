@@ -54,7 +54,8 @@ def _call(rng: random.Random) -> Fields:
 
 
 def _assign(rng: random.Random) -> Fields:
-    files = tuple(FileSpec(path, _name(rng), rng.randrange(1 << 30)) for path in ("config.json", "unet/x.safetensors"))
+    sizes = {"config.json": 700, "unet/x.safetensors": rng.randrange(1 << 10, 1 << 30)}
+    files = tuple(FileSpec(path, _name(rng), nbytes, rng.randrange(700)) for path, nbytes in sizes.items())
     options = LoadOptions(context=rng.choice((None, 512)), extra={"sd_tiling": True})
     sources = (Address.parse("quic://10.0.0.2:10128"),)
     stages = (tuple(_layers(rng)), ("lm_head",))

@@ -61,9 +61,11 @@ def layer_files(checkpoint: Checkpoint, model: ModelInfo, layers: Sequence[str])
         for name in layer.tensors:
             if name in owners:
                 owners[name] = (*owners[name], layer.name)
-    # Tied weights belong to two layers; in a file of their own they are in no other file twice.
+    # Tied weights belong to two layers; in a file of their own they are in no other file twice. Files come in the order in
+    # which layers are loaded, and first what belongs to none: a worker loads while the rest is on its way.
+    place = {layer.name: index for index, layer in enumerate(model.layers)}
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, owner in owners.items():
+    for name, owner in sorted(owners.items(), key=lambda held: [place[layer] for layer in held[1]]):
         groups.setdefault(owner, []).append(name)
     return {ABSENT: _absent(checkpoint.headers), **_files(checkpoint, tensors, list(groups.values()))}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,11 +36,18 @@ ABSENT = "absent.json"
 """In a bundle: the tensors of the model that it does not hold, name -> [dtype, shape, bytes]."""
 
 
+Await = Callable[[Path, int, int], None]
+"""`wait(file, start, stop)` returns when these bytes of a file are there, and raises what keeps them from coming."""
+
+
 class Checkpoint(ABC):
     """A model on this machine. Opening reads headers only."""
 
     format: str
     """`safetensors`, `gguf` or `diffusers`."""
+
+    wait: Await | None = None
+    """While its files are still being filled: only the headers are sure to be there."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path = path
@@ -68,12 +75,32 @@ class Checkpoint(ABC):
         path = self.path / name if self.path.is_dir() else self.path.parent / name
         return read_json(path) if path.is_file() else None
 
+    def read_into(self, tensor: TensorInfo, start: int, into: memoryview) -> None:
+        """Fills `into` with the bytes of a tensor from byte `start` on, and waits for those that are still on their way.
+
+        Raises CheckpointError when the file cannot be read or ends early, and whatever ended the transfer of its bytes.
+        """
+        if self.wait is not None:
+            self.wait(tensor.file, tensor.offset + start, tensor.offset + start + len(into))
+        try:
+            with tensor.file.open("rb", buffering=0) as file:
+                file.seek(tensor.offset + start)
+                while into:
+                    count = file.readinto(into)
+                    if not count:
+                        raise CheckpointError(f"{tensor.file} ends within {tensor.name}; download it again")
+                    into = into[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {tensor.file}: {error.strerror}; check that the file is still there") from error
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """A hash over name, dtype, shape and a sample of the bytes of each tensor: equal on two machines when they hold
         the same tensors, different for two fine-tunes of one base. Independent of how tensors are spread over files."""
         digest = hashlib.sha256()
         for name in sorted(names):
             tensor = self.tensors[name]
+            if self.wait is not None:
+                self.wait(tensor.file, tensor.offset, tensor.offset + tensor.nbytes)
             digest.update(f"{name}|{tensor.dtype}|{tensor.shape}|{tensor.nbytes}".encode())
             digest.update(sample_bytes(tensor))
         return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""What a backend needs for loading, imported while the weights are still on their way."""
+"""What a backend may do while the weights are still on their way: get ready for them, and load those that are here."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from cake_core.model import Backend
 
@@ -18,6 +18,14 @@ class Warmable(Protocol):
 
     def warm(self) -> None:
         """Imports what `load` will need. Called in a thread, perhaps more than once, perhaps with no `load` to follow."""
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """What a backend may say beside its contract: it can load a model that is not all here. Its `load` has the bytes of tensors
+    from `Checkpoint.read_into` alone, which waits for them; it had best take layers in the order in which it is given them."""
+
+    streams: ClassVar[Literal[True]]
 
 
 class Warming:

@@ -56,6 +56,12 @@ class Image:
     def nbytes(self) -> int:
         return self._offsets[-1]
 
+    @property
+    def front(self) -> int:
+        """Bytes of its own before the first tensor: the header, or all of a file without tensors."""
+        own = itertools.takewhile(lambda stretch: isinstance(stretch, bytes), self.stretches)
+        return sum(map(_length, own))
+
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`, fewer at the end. Raises CheckpointError when a file of the checkpoint ends early."""
         found = []

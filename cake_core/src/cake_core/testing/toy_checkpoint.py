@@ -119,9 +119,8 @@ def check_shapes(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, tuple
 def read_tensor(checkpoint: Checkpoint, name: str) -> list[Sequence[float]]:
     """A tensor's values as rows; one row for a vector."""
     tensor = checkpoint.tensors[name]
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        data = file.read(tensor.nbytes)
+    data = bytearray(tensor.nbytes)
+    checkpoint.read_into(tensor, 0, memoryview(data))
     values: Sequence[float] = array({"U8": "B", "U16": "H", "F32": "f"}[tensor.dtype], data).tolist()
     width = tensor.shape[-1]
     return [values[start : start + width] for start in range(0, math.prod(tensor.shape), width)]

@@ -51,6 +51,7 @@ class ToyImageBackend:
     api: ClassVar[int] = BACKEND_API
     name = "toy-image"
     model_type: Literal["text", "image"] = "image"
+    streams: ClassVar[Literal[True]] = True
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.config.get("model_type") == IMAGE_TYPE

@@ -30,6 +30,7 @@ class ToyTextBackend:
     api: ClassVar[int] = BACKEND_API
     name = "toy"
     model_type: Literal["text", "image"] = "text"
+    streams: ClassVar[Literal[True]] = True
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.config.get("model_type") == TEXT_TYPE

@@ -36,11 +36,13 @@ def is_name(text: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """A file of a manifest: where it goes in the folder of the model, its content name, its size in bytes."""
+    """A file of a manifest: where it goes in the folder of the model, its content name, its size in bytes, and how many of
+    them, from the first on, must be there before it can be opened: the header of weights, the whole of anything else."""
 
     path: str
     name: str
     nbytes: int
+    front: int
 
     def __post_init__(self) -> None:
         if not is_safe_path(self.path):
@@ -49,16 +51,22 @@ class FileSpec:
             raise ProtocolError(f"{self.path}: {self.name!a:.100} names no content")
         if type(self.nbytes) is not int or not 0 <= self.nbytes <= MAX_FILE_BYTES:
             raise ProtocolError(f"{self.path}: {self.nbytes!a:.100} is no size")
+        if type(self.front) is not int or not 0 <= self.front <= self.nbytes:
+            raise ProtocolError(f"{self.path}: {self.front!a:.100} is no size of a header")
 
     @property
     def pieces(self) -> int:
         return -(-self.nbytes // PIECE)
 
+    @property
+    def front_pieces(self) -> int:
+        return -(-self.front // PIECE)
+
     def piece_length(self, index: int) -> int:
         return min(PIECE, self.nbytes - index * PIECE)
 
     def as_fields(self) -> list[Any]:
-        return [self.path, self.name, self.nbytes]
+        return [self.path, self.name, self.nbytes, self.front]
 
 
 def parse_files(entries: Iterable[Any]) -> tuple[FileSpec, ...]:
@@ -68,7 +76,7 @@ def parse_files(entries: Iterable[Any]) -> tuple[FileSpec, ...]:
         raise ProtocolError(f"a manifest of {len(listed)} files, over the limit of {MAX_FILES}")
     files = []
     for entry in listed:
-        if not isinstance(entry, list) or len(entry) != 3:
+        if not isinstance(entry, list) or len(entry) != 4:
             raise ProtocolError("a damaged manifest")
         files.append(FileSpec(*entry))
     # Not every file system tells `A` from `a`.

@@ -61,6 +61,11 @@ class Incoming:
             if not self._left:
                 self._finish()
 
+    def lacks(self, start: int, stop: int) -> bool:
+        """Whether a byte of start .. stop - 1 is not here yet. Without the lock: a set loses an entry in one step, and writing
+        to the disk would hold up who asks."""
+        return any(piece in self._left for piece in range(start // PIECE, -(-stop // PIECE)))
+
     def _finish(self) -> None:
         os.fsync(self._stream.fileno())
         self._stream.close()
@@ -86,6 +91,11 @@ class Store:
         if not is_name(name):
             raise CheckpointError(f"{name!a:.100} names no content")
         return self.files / name
+
+    def find(self, name: str) -> Path:
+        """The file, or what there is of it. Both are one file to a hard link, which stays right when it is whole."""
+        path = self.path(name)
+        return path if _exists(path) else path.with_name(name + PART)
 
     def has(self, file: FileSpec) -> bool:
         """Whether the file is here and whole: one whose time of change is not that of its last check is read again, and loses

@@ -43,7 +43,7 @@ class ImageSupply:
         named = {path: (image.name(), image) for path, image in files.items()}
         with self._lock:
             self._images.update(dict(named.values()))
-        return tuple(FileSpec(path, name, image.nbytes) for path, (name, image) in named.items())
+        return tuple(FileSpec(path, name, image.nbytes, image.front) for path, (name, image) in named.items())
 
     def holds(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self._images]

@@ -47,11 +47,14 @@ class Transfer:
     def __init__(self, store: Store, files: Sequence[FileSpec]) -> None:
         self.received = 0
         self._store = store
-        self._files = [file for _, file in sorted(by_name(files).items())]
+        self._files = by_name(files)
+        self._incoming: dict[str, Incoming | None] = {}
         self.report: Report = _unreported
-        self._total = sum(file.nbytes for file in self._files)
+        self._total = sum(file.nbytes for file in self._files.values())
         self._done = 0
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._arrived = threading.Condition(lock)
         self._work: deque[tuple[Incoming, int]] = deque()
         self._left = 0
         self._started = False
@@ -71,7 +74,19 @@ class Transfer:
         """Has `run` raise."""
         with self._changed:
             self._error = self._error or error
-            self._changed.notify_all()
+            self._notify()
+
+    def wait(self, name: str, start: int, stop: int) -> None:
+        """Returns when bytes start .. stop - 1 of a file are here and checked. Raises what ends the transfer before."""
+        with self._changed:
+            self._arrived.wait_for(lambda: self._error is not None or self._has(name, start, stop))
+            if not self._has(name, start, stop) and self._error is not None:
+                raise self._error
+
+    def wait_fronts(self) -> None:
+        """The same for what must be there before the files can be opened."""
+        for name, file in self._files.items():
+            self.wait(name, 0, file.front)
 
     def run(self) -> int:
         """Fetches what is missing; returns the bytes received. What has come stays, whatever happens.
@@ -84,12 +99,13 @@ class Transfer:
             self._tell()
             with self._changed:
                 self._started = True
+                self._arrived.notify_all()
                 for source in self._sources:
                     self._employ(source)
                 self._changed.wait_for(lambda: self._error is not None or not self._left or not self._sources)
                 error = self._error or (self._lost() if self._left else None)
-                self._error = self._error or CheckpointError("the transfer has ended")
-                self._changed.notify_all()
+                self._error = self._error or error or CheckpointError("the transfer has ended")
+                self._notify()
             for thread in self._threads:
                 thread.join()
             if error is not None:
@@ -100,16 +116,30 @@ class Transfer:
         return NodeLost("nobody sends the missing weights any more; check the master and the network between")
 
     def _plan(self, held: ExitStack) -> None:
-        """Takes hold of what is not whole, in order of names, so that two processes never wait for each other."""
-        for file in self._files:
+        """Takes hold of what is not whole, in order of names, so that two processes never wait for each other. What opening
+        the files needs comes first, then one file after another."""
+        for name, file in sorted(self._files.items()):
             incoming = self._store.incoming(file, self._wait)
-            if incoming is None:
-                self._done += file.nbytes
-                continue
-            held.callback(incoming.close)
-            self._done += file.nbytes - sum(file.piece_length(piece) for piece in incoming.missing)
-            self._work.extend((incoming, piece) for piece in incoming.missing)
-        self._left = len(self._work)
+            self._incoming[name] = incoming
+            self._done += file.nbytes
+            if incoming is not None:
+                held.callback(incoming.close)
+                self._done -= sum(file.piece_length(piece) for piece in incoming.missing)
+        wanted = [found for found in map(self._incoming.get, self._files) if found is not None]
+        work = [(incoming, piece) for incoming in wanted for piece in incoming.missing]
+        work.sort(key=lambda job: job[1] >= job[0].file.front_pieces)
+        self._work.extend(work)
+        self._left = len(work)
+
+    def _has(self, name: str, start: int, stop: int) -> bool:
+        if name not in self._incoming:
+            return False
+        incoming = self._incoming[name]
+        return incoming is None or not incoming.lacks(start, stop)
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        self._arrived.notify_all()
 
     def _wait(self) -> None:
         """Another process of this machine fetches the same file."""
@@ -176,6 +206,7 @@ class Transfer:
         with self._changed:
             self._done += nbytes
             self._left -= 1
+            self._arrived.notify_all()
             if not self._left:
                 self._changed.notify_all()
         self._tell()

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,18 @@ class Views:
 
     def lay_out(self, files: Sequence[FileSpec]) -> Path:
         """The folder in which these files, all of them here, are a model."""
+        return self._lay_out(files, _link)
+
+    def lay_out_arriving(self, files: Sequence[FileSpec]) -> Path | None:
+        """The same while they are being filled, by links, which stay right when a file is whole. None where that cannot be."""
+        if os.name == "nt":
+            return None  # a file that somebody reads cannot be given its name there
+        try:
+            return self._lay_out(files, os.link)
+        except OSError:
+            return None
+
+    def _lay_out(self, files: Sequence[FileSpec], link: Callable[[Path, Path], None]) -> Path:
         view = self._folder / view_name(files)
         if view.is_dir() and not view.is_symlink() and all(self._is_laid(view, file) for file in files):
             return view
@@ -65,7 +77,10 @@ class Views:
             for file in files:
                 target = draft / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _link(self.store.path(file.name), target)
+                try:
+                    link(self.store.find(file.name), target)
+                except FileNotFoundError:  # it has become whole just now
+                    link(self.store.find(file.name), target)
             _remove(view)
             draft.rename(view)
         finally:
@@ -74,7 +89,7 @@ class Views:
 
     def _is_laid(self, view: Path, file: FileSpec) -> bool:
         try:
-            there, here = (view / file.path).stat(), self.store.path(file.name).stat()
+            there, here = (view / file.path).stat(), self.store.find(file.name).stat()
         except OSError:
             return False
         return (there.st_size, there.st_mtime_ns) == (here.st_size, here.st_mtime_ns)

@@ -46,17 +46,21 @@ class Serving:
 
         Raises CapacityError before loading when they do not fit.
         """
+        try:
+            for layers in self.spans:
+                self._load(layers, None if progress is None else _bind(progress, ", ".join(layers)))
+            self._take_fingerprints()
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def _take_fingerprints(self) -> None:
+        """Last, because they need bytes of all tensors, which may still be on their way while layers are loaded."""
         checkpoint = self._spec.checkpoint
         tensors = checkpoint.tensors
         for name in (layer for span in self.spans for layer in span):
             held = [tensor for tensor in self.info.layer(name).tensors if tensor in tensors]
             self.fingerprints[name] = checkpoint.fingerprint(held)[:32]
-        try:
-            for layers in self.spans:
-                self._load(layers, None if progress is None else _bind(progress, ", ".join(layers)))
-        except BaseException:
-            self.shutdown()
-            raise
 
     def _load(self, layers: tuple[str, ...], report: Callable[[int, int], None] | None) -> None:
         spec = self._spec

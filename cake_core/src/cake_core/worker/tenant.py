@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cake_core.assignment import Assignment
-from cake_core.errors import CakeError, Cancelled, NodeBusy, ProtocolError, StageError
+from cake_core.errors import CakeError, Cancelled, NodeBusy, StageError
 from cake_core.links.link import Link, LinkTiming
 from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
-from cake_core.resolve import open_path
-from cake_core.transport import Address, Channel
-from cake_core.warming import Warming
+from cake_core.warming import Streaming, Warming
+from cake_core.weights.arriving import Arriving
+from cake_core.weights.manifest import view_name
 from cake_core.weights.store import Store
 from cake_core.weights.supply import LinkSource, StoreSupply, serve_weights
 from cake_core.weights.transfer import Transfer
 from cake_core.weights.views import Views
 from cake_core.wire.codec import error_fields
 from cake_core.wire.protocol import Message, Type
+from cake_core.worker.hops import Dial
+from cake_core.worker.job import Job
 from cake_core.worker.serving import Serving, ServingSpec
 
 log = logging.getLogger(__name__)
 
-TOLD = 0.2
-"""Seconds between two words of progress."""
-PEER_TIMEOUT = 5.0
-
-Dial = Callable[[Address, float], Channel]
 Say = Callable[[str], None]
 
 
@@ -46,43 +42,6 @@ class Means:
     options: LoadOptions = field(default_factory=LoadOptions)
     say: Say = log.info
     cache_size: int | None = None
-
-
-class Job:
-    """One assignment being carried out. `links` are the masters that wait for it."""
-
-    def __init__(self, assignment: Assignment, transfer: Transfer) -> None:
-        self.assignment = assignment
-        self.transfer = transfer
-        self.links: list[Link] = []
-        self.tickets: set[int] = set()
-        self.last = 0.0
-        self._peers: list[Link] | None = []
-        self._lock = threading.Lock()
-
-    def keep(self, link: Link) -> bool:
-        """Takes a link to another worker, to be closed with the transfer; closes it at once, and says so, when that is over."""
-        with self._lock:
-            if self._peers is not None:
-                self._peers.append(link)
-                return True
-        link.close()
-        return False
-
-    def end(self) -> None:
-        """The transfer is over."""
-        with self._lock:
-            peers, self._peers = self._peers or [], None
-        for link in peers:
-            link.close()
-
-    def tell(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last < TOLD and done < total:
-            return
-        self.last = now
-        for link in self.links:
-            link.tell(Type.PROGRESS, {"what": what, "done": done, "total": total})
 
 
 class Tenant:
@@ -140,7 +99,6 @@ class Tenant:
 
     def _start(self, asked: Assignment, link: Link) -> None:
         job = Job(asked, Transfer(self.means.store, asked.files))
-        job.transfer.report = lambda done, total: job.tell("fetching", done, total)
         job.links.append(link)
         job.tickets.add(asked.ticket)
         job.transfer.add(LinkSource(link))
@@ -192,8 +150,7 @@ class Tenant:
                 self._job = None
         if error:
             self.means.say(f"{job.assignment.layers} of {job.assignment.model}: {error['message']}")
-        for link in job.links:
-            link.tell(Type.LOADED, {"received": job.transfer.received, "error": error})
+        job.told(error)
 
     def _carry_out(self, job: Job) -> None:
         asked, views = job.assignment, Views(self.means.store)
@@ -201,48 +158,35 @@ class Tenant:
             return
         views.announce(asked.files, asked.model, asked.layers)
         self.means.say(f"{asked.master} assigns {asked.layers} of {asked.model}")
-        threading.Thread(target=self._meet, args=(job,), name="cake-peers", daemon=True).start()
-        warming = Warming(b for b in self._plugins.backends.values() if b.model_type == asked.model_type)
+        if self._dial is not None:
+            job.meet(self._dial, self._timing)
         try:
-            job.transfer.run()
+            with Arriving(job.transfer, views, asked.files, asked.model) as arriving:
+                self.serving, self._held = self._load(job, arriving), asked
         finally:
             job.end()
-            warming.wait()
-        folder = views.lay_out(asked.files)
-        while self._retired:
-            self._retired.pop().shutdown()
-        spec = ServingSpec(
-            open_path(folder, asked.model), self._node, asked.stages, asked.load_options(self.means.options), asked.model_type
-        )
-        serving = Serving(self._plugins, spec)
-        serving.load(lambda _, done, total: job.tell("loading", done, total))
-        self.serving, self._held = serving, asked
         self.means.say(f"serving {asked.layers} of {asked.model} ({job.transfer.received / 1e6:.1f} MB fetched)")
         if self.means.cache_size is not None:
-            views.prune(self.means.cache_size, keep=(folder.name,))
+            views.prune(self.means.cache_size, keep=(view_name(asked.files),))
 
-    def _meet(self, job: Job) -> None:
-        """Asks other workers which of the files they have; those that do not answer are no loss."""
-        dial = self._dial
-        if dial is None:
-            return
-        names = list({file.name for file in job.assignment.files})
-        for address in job.assignment.sources:
-            try:
-                link = Link(dial(address, PEER_TIMEOUT), f"worker at {address}", _refuse, _ignore, self._timing)
-                link.start()
-                if not job.keep(link):
-                    return
-                answer, _ = link.ask(Type.HOLDS, {"files": names}).result(PEER_TIMEOUT)
-                if held := set(names) & set(answer.fields["files"]):
-                    job.transfer.add(LinkSource(link, held))
-            except (CakeError, TimeoutError, TypeError) as error:
-                log.info("%s has no weights for us: %s", address, error)
-
-
-def _refuse(link: Link, message: Message, _body: memoryview) -> None:
-    raise ProtocolError(f"{link.name} has no {message.type.name} to ask here")
-
-
-def _ignore(link: Link, error: CakeError) -> None:
-    log.debug("%s: %s", link.name, error)
+    def _load(self, job: Job, arriving: Arriving) -> Serving:
+        """Loads while weights still come, where the backend can."""
+        asked, plugins = job.assignment, self._plugins
+        warming = Warming(backend for backend in plugins.backends.values() if backend.model_type == asked.model_type)
+        try:
+            checkpoint = arriving.headers()
+            if not isinstance(plugins.backend_for(checkpoint, asked.model_type), Streaming):
+                checkpoint = arriving.whole()
+        finally:
+            warming.wait()
+        while self._retired:
+            self._retired.pop().shutdown()
+        options = asked.load_options(self.means.options)
+        serving = Serving(plugins, ServingSpec(checkpoint, self._node, asked.stages, options, asked.model_type))
+        serving.load(lambda _, done, total: job.tell("loading", done, total) if arriving.over else None)
+        try:
+            arriving.finish()
+        except CakeError:
+            serving.shutdown()
+            raise
+        return serving

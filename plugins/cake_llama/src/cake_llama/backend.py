@@ -26,6 +26,7 @@ class LlamaBackend:
     api: ClassVar[int] = BACKEND_API
     name = "llama"
     model_type: Literal["text", "image"] = "text"
+    streams: ClassVar[Literal[True]] = True
 
     def accepts(self, checkpoint: Checkpoint) -> bool:
         if checkpoint.format == "gguf":

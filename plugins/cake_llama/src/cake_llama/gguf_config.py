@@ -170,9 +170,6 @@ class _Reader:
             raise CheckpointError(f"{self.checkpoint.path} has no tensor {name}; split or download the model again")
         if tensor.dtype != "F32" or len(tensor.shape) != 1 or tensor.nbytes > 1 << 16:
             raise CheckpointError(f"{tensor.file}: {name} is {tensor.dtype}{list(tensor.shape)}, not a short list of F32")
-        try:
-            with tensor.file.open("rb") as stream:
-                stream.seek(tensor.offset)
-                return list(struct.unpack(f"<{tensor.shape[0]}f", stream.read(tensor.nbytes)))
-        except (OSError, struct.error) as error:
-            raise CheckpointError(f"cannot read {tensor.file}: {error}") from error
+        data = bytearray(tensor.nbytes)
+        self.checkpoint.read_into(tensor, 0, memoryview(data))
+        return list(struct.unpack(f"<{tensor.shape[0]}f", data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,9 +79,9 @@ class GgufWeights:
         width = tensor.nbytes // count
         heads = self._interleaved_heads(name)
         if heads is None:
-            data = torch.from_numpy(_read(tensor.file, tensor.offset + start * width, (stop - start) * width))
+            data = torch.from_numpy(self._read(tensor, start * width, (stop - start) * width))
             return Blocks(tensor.dtype, (stop - start, cols), data.view(-1, width))
-        whole = torch.from_numpy(_read(tensor.file, tensor.offset, tensor.nbytes)).view(count, width)
+        whole = torch.from_numpy(self._read(tensor, 0, tensor.nbytes)).view(count, width)
         return Blocks(tensor.dtype, (stop - start, cols), _separate_halves(whole, heads)[start:stop].contiguous())
 
     def load(self, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -93,11 +92,16 @@ class GgufWeights:
         values, nbytes = _VALUES_A_BLOCK[tensor.dtype]
         step = CHUNK_VALUES // values
         for start in range(0, tensor.nbytes // nbytes, step):
-            data = _read(tensor.file, tensor.offset + start * nbytes, min(step * nbytes, tensor.nbytes - start * nbytes))
+            data = self._read(tensor, start * nbytes, min(step * nbytes, tensor.nbytes - start * nbytes))
             chunk = torch.from_numpy(dequantize(tensor.dtype, data))
             flat[start * values : start * values + len(chunk)] = chunk
         heads = self._interleaved_heads(name)
         return result if heads is None else _separate_halves(result, heads)
+
+    def _read(self, tensor: TensorInfo, start: int, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        data = np.empty(nbytes, np.uint8)
+        self._checkpoint.read_into(tensor, start, data.data)
+        return data
 
     def _interleaved_heads(self, name: str) -> int | None:
         """Heads of a projection whose rows llama files hold pairwise (x0 y0 x1 y1 …), for rotation in pairs."""
@@ -112,16 +116,3 @@ class GgufWeights:
 def _separate_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """[heads * (pairs, 2), ...] -> [heads * (2, pairs), ...]: halves side by side, as the model rotates them."""
     return rows.view(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _read(file: Path, offset: int, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    data = np.empty(nbytes, np.uint8)
-    try:
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            found = stream.readinto(data.data)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    if found != nbytes:
-        raise CheckpointError(f"{file} ended while it was read; download it again")
-    return data

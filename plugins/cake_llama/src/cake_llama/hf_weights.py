@@ -17,7 +17,8 @@ from cake_core.checkpoint import Checkpoint, TensorInfo
 from cake_core.errors import CheckpointError, UnsupportedModel
 from cake_llama.hf_quant import Scheme, Stored
 from cake_llama.packed import Groups, Packed, Scaled, pack_nibbles
-from cake_llama.weights import SafetensorsWeights, read_into
+from cake_llama.weights import SafetensorsWeights
+from cake_llama.wire import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class QuantizedWeights(SafetensorsWeights):
         if dtype is None:
             raise UnsupportedModel(f"{info.file}: tensor {info.name} is of type {info.dtype}; served are {', '.join(_DTYPES)}")
         result = torch.empty((stop - start, *info.shape[1:]), dtype=dtype)
-        read_into(info, start * math.prod(info.shape[1:]) * dtype.itemsize, result)
+        self._checkpoint.read_into(info, start * math.prod(info.shape[1:]) * dtype.itemsize, bytes_of(result))
         return result
 
     def _held_codes(self, stored: Stored) -> Tensor:
@@ -156,7 +157,7 @@ class QuantizedWeights(SafetensorsWeights):
         codes = self._memory[: info.nbytes // 4].view(info.shape)
         if self._held != stored.name:
             self._held = ""
-            read_into(info, 0, codes)
+            self._checkpoint.read_into(info, 0, bytes_of(codes))
             self._held = stored.name
         return codes
 

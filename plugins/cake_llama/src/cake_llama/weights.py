@@ -66,6 +66,7 @@ class SafetensorsWeights:
     """Reads straight into the tensor it returns: a mapped file would count twice in the process' memory while it is copied."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
         self._path = checkpoint.path
         self._tensors = checkpoint.tensors
 
@@ -84,7 +85,7 @@ class SafetensorsWeights:
         first, *rest = info.shape
         count = (first if stop is None else stop) - start
         result = torch.empty((count, *rest), dtype=kept)
-        read_into(info, start * math.prod(rest) * kept.itemsize, result)
+        self._checkpoint.read_into(info, start * math.prod(rest) * kept.itemsize, bytes_of(result))
         return stored(result if kept in PLAIN else result.to(torch.float32))
 
     def _find(self, name: str) -> tuple[TensorInfo, torch.dtype]:
@@ -104,24 +105,9 @@ class SafetensorsWeights:
         for start in range(0, flat.numel(), max(1, step)):
             piece = flat[start : start + step]
             if kept is dtype:
-                read_into(info, start * kept.itemsize, piece)
+                self._checkpoint.read_into(info, start * kept.itemsize, bytes_of(piece))
             else:
                 raw = torch.empty(piece.numel(), dtype=kept)
-                read_into(info, start * kept.itemsize, raw)
+                self._checkpoint.read_into(info, start * kept.itemsize, bytes_of(raw))
                 piece.copy_(raw)
         return result
-
-
-def read_into(info: TensorInfo, start: int, into: torch.Tensor) -> None:
-    """Fills `into` with the bytes of a tensor from byte `start` on. Raises CheckpointError when they are not there."""
-    view = bytes_of(into)
-    try:
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset + start)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{info.file} ends within {info.name}; download it again")
-                view = view[count:]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {info.file}: {error.strerror}") from error
