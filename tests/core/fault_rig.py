@@ -167,5 +167,5 @@ class FaultyCluster(LocalCluster):
     def check_nothing_is_left(self, runtime: TextRuntime) -> None:
         """Every session is closed and every block of the ledger free, once nothing runs and no prefix is kept."""
         wait_for(lambda: not runtime.engine.stats().running)
-        wait_for(lambda: all(worker.sessions == 0 for worker in self.workers.values()))
+        wait_for(lambda: all(worker.sessions == worker.parked == 0 for worker in self.workers.values()))
         assert runtime.engine.stats().kv_tokens_used == 0

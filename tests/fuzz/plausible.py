@@ -76,7 +76,7 @@ def _nothing(_rng: random.Random) -> Fields:
 
 
 FIELDS: Mapping[Type, Callable[[random.Random], Fields]] = {
-    Type.ATTACH: lambda rng: {"model_type": "text", "stages": [_layers(rng)]},
+    Type.ATTACH: lambda rng: {"model_type": "text", "stages": [_layers(rng)], "token": rng.randbytes(16), "keep": 0.1},
     Type.ATTACHED: _report,
     Type.OPEN: _open,
     Type.TRUNCATE: lambda rng: {"session": rng.randrange(9), "length": rng.randrange(99)},

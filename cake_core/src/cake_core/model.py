@@ -316,16 +316,16 @@ class SessionSpec:
 
 
 class Pending:
-    """A batch under way: the answer of `TextStage.submit`. One producer, any number of readers."""
+    """A batch under way: the answer of `TextStage.submit`. One producer, any number of readers. `error`: why it failed."""
 
-    __slots__ = ("_callbacks", "_error", "_event", "_lock", "_value")
+    __slots__ = ("_callbacks", "_event", "_lock", "_value", "error")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._event: threading.Event | None = None
         self._callbacks: list[Callable[[Pending], None]] | None = []
         self._value: Batch | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     @classmethod
     def completed(cls, value: Batch) -> Pending:
@@ -348,7 +348,7 @@ class Pending:
         with self._lock:
             if self._callbacks is None:
                 return
-            self._value, self._error = value, error
+            self._value, self.error = value, error
             callbacks, self._callbacks = self._callbacks, None
             if self._event is not None:
                 self._event.set()
@@ -376,8 +376,8 @@ class Pending:
             event = self._event
         if self._callbacks is not None and event is not None and not event.wait(timeout):
             raise DeadlineExceeded(f"no result within {timeout} s")
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return cast("Batch", self._value)
 
 

@@ -26,8 +26,9 @@ from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelI
 from cake_core.placement import Placement, Span
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
+from cake_core.stages.component import RemoteComponent
 from cake_core.stages.devices import component_options, load_text
-from cake_core.stages.stage import LocalStage, RemoteComponent, RemoteStage, Stage
+from cake_core.stages.stage import LocalStage, RemoteStage, Stage
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
 

@@ -13,16 +13,21 @@ from cake_core.errors import NodeMismatch
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """What a node must serve: its stages by the placement, the model's identity, and a fingerprint for each layer whose
-    tensors the master has too."""
+    tensors the master has too. `keep`: seconds for which it is to keep our sessions, should the link fall."""
 
     model_type: str
     stages: tuple[tuple[str, ...], ...]
     identity: Mapping[str, Any] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    keep: float = 0.0
 
     @property
     def layers(self) -> tuple[str, ...]:
         return tuple(layer for stage in self.stages for layer in stage)
+
+    def attach_fields(self, token: bytes) -> dict[str, Any]:
+        """What an ATTACH says. Sessions that are kept are found again by the token."""
+        return {"model_type": self.model_type, "stages": [list(s) for s in self.stages], "token": token, "keep": self.keep}
 
     def check(self, report: Mapping[str, Any], name: str, address: str) -> None:
         """Compares an ATTACHED. Raises NodeMismatch, with the remedy, for another model or other weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -78,6 +79,7 @@ class RemoteNode:
         self._on_change = on_change
         self._timing = timing or LinkTiming()
         self._assigner = assigner
+        self._token = secrets.token_bytes(16)
         self._coming: Link | None = None
         self._changed = threading.Condition()
         self._state: State = "connecting"
@@ -216,7 +218,7 @@ class RemoteNode:
         link.start()
         if self._closed.is_set():
             link.close()
-        fields = {"model_type": self.expectation.model_type, "stages": [list(s) for s in self.expectation.stages]}
+        fields = self.expectation.attach_fields(self._token)
         try:
             try:
                 message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)

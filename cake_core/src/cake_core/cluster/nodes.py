@@ -139,7 +139,7 @@ def _remote_node(spec: RunSpec, info: ModelInfo, placement: Placement, name: str
         names = info.layer(layer).tensors
         if names and all(tensor in tensors for tensor in names):
             fingerprints[layer] = spec.checkpoint.fingerprint(names)[:32]
-    expectation = Expectation(info.model_type, stages, info.identity, fingerprints)
+    expectation = Expectation(info.model_type, stages, info.identity, fingerprints, spec.rejoin)
     host = spec.topology.node(name).host
     dial = _dial(spec, name, host)
 

@@ -44,6 +44,10 @@ class Ledger:
         self._held[session] = kept
         self.used -= held - kept
 
+    def rename(self, session: int, other: int) -> None:
+        """`other` takes the place of a session."""
+        self._held[other] = self._held.pop(session, 0)
+
     def release(self, session: int) -> None:
         self.used -= self._held.pop(session, 0)
 

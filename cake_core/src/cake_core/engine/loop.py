@@ -114,6 +114,8 @@ class Loop:
         while self._in_flight < self._scheduler.most_in_flight:
             self._scheduler.admit()
             self._open_sessions()
+            if self._scheduler.to_open:  # a node was lost meanwhile
+                return
             step = self._scheduler.next()
             self._close_sessions()
             if step is None:
@@ -139,6 +141,8 @@ class Loop:
                 self._disturbed([sequence], error)
                 sequence.deliver()
             else:
+                if sequence.former is not None:  # at once: stages that have copied it may need the room
+                    self._pipeline.close(sequence.former[0])
                 self._scheduler.opened(sequence, kept, parent)
         self._close_sessions()
 
@@ -217,13 +221,13 @@ class Loop:
             self._scheduler.remove(sequence)
 
     def _disturbed(self, sequences: List[Sequence], error: CakeError) -> None:
-        """A batch failed: its sequences are computed again if time can mend it, or end."""
+        """A batch failed: its sequences go on, or are computed again, if time can mend it, or end."""
         if isinstance(error, NodeError | TransportError) and not isinstance(error, DeadlineExceeded) and self._watch:
             self._scheduler.forget_prefixes()
             self._degraded_since = self._degraded_since or time.monotonic()
             if not self._expired(time.monotonic()):
-                log.warning("computing %d sequences again: %s", len(sequences), error)
-                self._scheduler.requeue(*sequences)
+                log.warning("%d sequences go on from what is left of them: %s", len(sequences), error)
+                self._scheduler.resume(*sequences)
                 return
         if isinstance(error, RewindError) and self._scheduler.speculator is not None:
             log.warning("no more guesses: %s", error)
@@ -259,7 +263,7 @@ class Loop:
         if self._degraded_since is None:
             self._degraded_since = now
         self._scheduler.forget_prefixes()
-        self._scheduler.requeue(*[s for s in self._scheduler.running if not s.in_flight])
+        self._scheduler.resume(*[s for s in self._scheduler.running if not s.in_flight])
         if self._expired(now):
             self._fail_all(missing)
         return False

@@ -24,8 +24,8 @@ Done = Callable[[Batch | None, CakeError | None], None]
 class Pipeline:
     """Runs batches through all stages. Stages serve in order, so batches do not overtake one another.
 
-    A session lives on the route that it was opened over, and is lost with it: then it has to be opened again, over the next
-    one. Everything but `done` happens in one thread.
+    A session lives on the route that it was opened over. When that is lost another one has to be opened, over the next route,
+    with the lost one as its parent. Everything but `done` happens in one thread.
     """
 
     def __init__(self, stages: Sequence[Stage], wire_dtype: str = "", router: Router | None = None) -> None:
@@ -109,11 +109,10 @@ class Pipeline:
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         """Opens a session on every stage; returns the positions that all of them really have.
 
-        A stage that kept more than another is cut back, so they agree.
+        A stage that kept more than another is cut back, so they agree. A parent may have lived on a route that is lost: what
+        each stage still has of it counts.
         """
         route = self.route()
-        if parent is not None and self._routes.get(parent) is not route:
-            raise NodeLost("the session to start from was lost with a node, or with a link between two")
         self._routes[session] = route
         kept = list(chain.from_iterable(leg.open(session, spec, parent, length) for leg in route.legs))
         return self._agree(session, kept)
@@ -139,7 +138,7 @@ class Pipeline:
         routes = {self._routes.get(session) for session in sessions}
         route = routes.pop()
         if routes or route is None or not route.up:
-            raise NodeLost("what was computed so far was lost with a node, or with a link between two")
+            raise NodeLost("a node was lost, or a link between two")
         return route
 
     def memory(self) -> list[Memory]:

@@ -114,8 +114,12 @@ class Scheduler:
         """A session of `to_open` is open and holds the first `kept` positions, `donor`'s if one was given."""
         if sequence.session is None:
             return
-        sequence.forwarded = sequence.cached = kept
+        sequence.forwarded = kept
         self.ledger.shrink(sequence.session, kept)
+        if sequence.former is not None:
+            sequence.former = None
+            return
+        sequence.cached = kept
         if donor is not None and self.prefixes.used_up(donor, kept):
             self._close(donor)
 
@@ -128,7 +132,27 @@ class Scheduler:
                 sequence.restart()
                 self.waiting.appendleft(sequence)
 
+    def resume(self, *sequences: Sequence) -> None:
+        """Has sequences go on in new sessions, from what the stages still hold of those they had: their route was lost."""
+        for sequence in sequences:
+            if sequence not in self.running or (sequence.former is not None and self._is_unopened(sequence)):
+                continue
+            session, certain = sequence.session, sequence.certain
+            if session is None or (sequence.former is None and not certain):
+                self.requeue(sequence)
+                continue
+            former = sequence.former or (session, certain)
+            if sequence.former is not None:  # the session that was to follow is not open everywhere
+                self.to_close.append(session)
+            sequence.restart()
+            sequence.former = former
+            self.ledger.rename(session, sequence.start())
+            self.to_open.append((sequence, former))
+
     def _drop_session(self, sequence: Sequence) -> None:
+        if sequence.former is not None:
+            self.to_close.append(sequence.former[0])
+            sequence.former = None
         session = sequence.session
         if session is None:
             return

@@ -26,10 +26,11 @@ class Sequence:
     Attributes:
         tokens: prompt and answer. forwarded: positions submitted to the stages, those in flight included.
         session: its id on the stages while it is open; a new one after every restart, so nothing stale can be taken for it.
+        former: its session on a route that was lost, and how many positions of it are certain, until it goes on from them.
         in_flight: batches under way that have a row of it. drawing: tokens that they will draw.
         guesses: ids that the row under way has after its certain one. rewind: the stages hold positions beyond `forwarded`, of
             guesses that were wrong. guessing: what is known to guess from.
-        scored: prompt positions whose scores have been asked for already (a restart does not ask again).
+        scored: prompt positions whose scores have been asked for already.
         limit: tokens, prompt included, at which it ends.
     """
 
@@ -40,6 +41,7 @@ class Sequence:
     order: int
     tokens: list[int] = field(default_factory=list)
     session: int | None = None
+    former: tuple[int, int] | None = None
     forwarded: int = 0
     in_flight: int = 0
     drawing: int = 0
@@ -78,6 +80,14 @@ class Sequence:
         return self.generated > 0 and self.remaining == 1
 
     @property
+    def certain(self) -> int:
+        """Positions forwarded whose results are not needed any more: no guesses, and not the one that the next draw is of."""
+        request = self.request
+        if request.embed or (request.score_prompt and not self.generated):
+            return 0
+        return min(self.forwarded, len(self.tokens) - 1)
+
+    @property
     def may_run_ahead(self) -> bool:
         """Whether the next position can go although its token is only being drawn: nothing but the model decides it."""
         request = self.request
@@ -110,11 +120,14 @@ class Sequence:
         return self.session
 
     def restart(self) -> None:
-        """Back to the queue: what was forwarded is forgotten, what was drawn stays."""
+        """To the next session: what was forwarded is forgotten, what was drawn stays."""
         self.session = None
         self.forwarded = 0
         self.guesses = []
         self.rewind = False
+        self.hidden = []
+        if not self.generated:
+            self.scores, self.scored = [None], 0
 
     def usage(self) -> Usage:
         guesses = self.guessing.own if self.guessing is not None else Tally()

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from cake_core.errors import CakeError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
+from cake_core.errors import CakeError, CapacityError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
 from cake_core.links.link import Link
-from cake_core.model import Batch, Row, Tensor
+from cake_core.model import Batch, Row
 from cake_core.profiles import NodeProfile
 from cake_core.stages.inputs import inputs_of
 from cake_core.stages.stage import LocalStage
@@ -18,7 +18,9 @@ from cake_core.topology import compress
 from cake_core.wire.bodies import split_buffers
 from cake_core.wire.codec import spec_from_fields
 from cake_core.wire.protocol import CHAINED, Message, Type, tensor_fields
+from cake_core.worker.constants import Constants
 from cake_core.worker.hops import Forward, Hops
+from cake_core.worker.parking import TOKEN, Key
 from cake_core.worker.serving import Serving
 from cake_core.worker.tenant import Tenant
 
@@ -26,8 +28,6 @@ log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 4096
 """Sessions one master may have open at once on one stage."""
-MAX_CONSTANT_BYTES = 1024 * 1024 * 1024
-"""Bytes of constants kept for one master."""
 
 
 class Host(Protocol):
@@ -53,6 +53,9 @@ class Host(Protocol):
     def holders(self, but: Guest) -> list[str]:
         """The other masters that are attached."""
 
+    def relieve(self, guest: Guest) -> None:
+        """Ends the same master's former links, should that not have been noticed yet, so that its sessions are parked."""
+
 
 _session_numbers = itertools.count(1)
 
@@ -69,9 +72,11 @@ class Guest:
         self._assigned = False
         self._forward_to: Forward | None = None
         """Set when no master but another worker is at the other end."""
-        self.sessions: dict[tuple[int, int], int] = {}
-        self._constants: dict[int, dict[bytes, Tensor]] = {}
-        self._constant_bytes = 0
+        self.token = b""
+        """By which the master finds its sessions should the link fall; empty: they end with it."""
+        self._keep = 0.0
+        self.sessions: dict[Key, int] = {}
+        self._constants = Constants()
 
     @property
     def attached(self) -> bool:
@@ -108,12 +113,11 @@ class Guest:
             case Type.OPEN:
                 self._open(link, message)
             case Type.TRUNCATE:
-                kept = self._stage(message).truncate(self._session(message), message.fields["length"])
+                own = self._own(message.stage, message.fields["session"])
+                kept = self._stage(message).truncate(own, message.fields["length"])
                 link.answer(message, Type.LENGTH, {"length": kept})
             case Type.CLOSE:
-                own = self.sessions.pop((message.stage, message.fields["session"]), None)
-                if own is not None:
-                    self._stage(message).close(own)
+                self._close(message)
             case Type.CALL:
                 self._call(link, message, body)
             case Type.RELEASE:
@@ -159,6 +163,14 @@ class Guest:
                 "give both the same topology and restart the worker"
             )
         self._serving = serving
+        self._remember_master(fields)
+
+    def _remember_master(self, fields: Mapping[str, Any]) -> None:
+        """Takes what lets a master that is cut off go on from its sessions; one that says nothing of it leaves none behind."""
+        token, keep = fields.get("token"), fields.get("keep")
+        if isinstance(token, bytes) and len(token) == TOKEN and isinstance(keep, int | float) and keep > 0:
+            self.token, self._keep = token, float(keep)
+            self._worker.relieve(self)
 
     def _held(self) -> Serving:
         if self._serving is None:
@@ -177,13 +189,17 @@ class Guest:
             raise StageError(f"{self._worker.name} has no stage {message.stage}")
         return stages[message.stage]
 
-    def _session(self, message: Message) -> int:
-        return self._own(message.stage, message.fields["session"])
-
     def _own(self, stage: int, session: int) -> int:
         own = self.sessions.get((stage, session))
         if own is None:
             raise StageError(f"session {session} is not open on {self._worker.name}")
+        return own
+
+    def _find(self, key: Key) -> int | None:
+        """The session as the stage here knows it, taken back if it was kept for this master through the fall of a link."""
+        own = self.sessions.get(key)
+        if own is None and self.token and (own := self._held().parking.take(self.token, key)) is not None:
+            self.sessions[key] = own
         return own
 
     def _open(self, link: Link, message: Message) -> None:
@@ -194,17 +210,26 @@ class Guest:
         if len(self.sessions) >= MAX_SESSIONS:
             raise StageError(f"more than {MAX_SESSIONS} sessions at once")
         spec = spec_from_fields(fields["spec"])
-        parent = None if fields["parent"] is None else self._own(message.stage, fields["parent"])
+        parent = None if fields["parent"] is None else self._find((message.stage, fields["parent"]))
         own = next(_session_numbers)
         kept = stage.open(own, spec, parent, fields["length"])
         self.sessions[key] = own
         if message.request:
             link.answer(message, Type.LENGTH, {"length": kept})
 
+    def _close(self, message: Message) -> None:
+        own = self._find(key := (message.stage, message.fields["session"]))
+        if own is not None:
+            self._stage(message).close(own)
+            del self.sessions[key]
+
     def _forward(self, message: Message, body: memoryview) -> None:
         stage, tensors = self._stage(message), message.tensors(body)
         rows = tuple(Row(self._own(message.stage, r.session), r.position, r.length, r.want, r.rewind) for r in message.rows)
-        pending = stage.submit(Batch(rows, inputs_of(stage.layers, tensors)))
+        batch = Batch(rows, inputs_of(stage.layers, tensors))
+        pending = stage.submit(batch)
+        if isinstance(pending.error, CapacityError) and self._held().parking.give_up():
+            pending = stage.submit(batch)
         pending.when_done(lambda done: self.hops.deliver(message, tensors, done))
 
     def take_over(self, stage: int, message: Message, body: memoryview) -> None:
@@ -222,7 +247,7 @@ class Guest:
         if component is None:
             raise StageError(f"{self._worker.name} does not serve {fields['layer']!r}")
         fresh, tensors = split_buffers(message, body, [entry[0] for entry in fields["constants"]])
-        constants = self._remember(fields["image"], fields["ids"], fresh)
+        constants = self._constants.remember(fields["image"], fields["ids"], fresh)
         began = time.perf_counter()
         with serving.component_lock:
             result = component.call(fields["method"], fields["image"], tensors, fields["scalars"], constants)
@@ -230,24 +255,8 @@ class Guest:
         answer = {"tensors": listed, "seconds": time.perf_counter() - began}
         link.answer(message, Type.RESULT, answer, buffers)
 
-    def _remember(self, image: int, ids: Mapping[str, Any], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = self._constants.setdefault(image, {})
-        for name, tensor in fresh.items():
-            if not isinstance(ids.get(name), bytes):
-                raise StageError(f"constant {name!r} has no id")
-            if ids[name] not in kept:
-                self._constant_bytes += tensor.nbytes
-                kept[ids[name]] = tensor
-        if self._constant_bytes > MAX_CONSTANT_BYTES:
-            raise StageError(f"constants of more than {MAX_CONSTANT_BYTES} bytes at once")
-        missing = [name for name, key in ids.items() if key not in kept]
-        if missing:
-            raise StageError(f"constants {', '.join(missing)} were never sent")
-        return {name: kept[key] for name, key in ids.items()}
-
     def _release_image(self, image: int, layer: str) -> None:
-        kept = self._constants.pop(image, {})
-        self._constant_bytes -= sum(tensor.nbytes for tensor in kept.values())
+        self._constants.forget(image)
         serving = self._held()
         component = serving.components.get(layer)
         if component is not None:
@@ -255,17 +264,15 @@ class Guest:
                 component.close(image)
 
     def release(self) -> None:
-        """Frees everything the master left behind; it may attach again afterwards."""
+        """Frees what the master left behind, but for sessions that wait a while for it; it may attach again afterwards."""
         self.hops.release()
         serving = self._serving
         if serving is None:
             return
-        for (stage, _), own in self.sessions.items():
-            serving.stages[stage].close(own)
-        self.sessions.clear()
-        for image in list(self._constants):
-            for layer in serving.components:
-                self._release_image(image, layer)
+        sessions, self.sessions = self.sessions, {}
+        serving.parking.park(self.token, sessions, self._keep)
+        for image, layer in itertools.product(self._constants.images, serving.components):
+            self._release_image(image, layer)
         self._serving = None
 
 

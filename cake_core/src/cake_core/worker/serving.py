@@ -12,6 +12,7 @@ from cake_core.model import Component, ImageBackend, LoadOptions, ModelInfo, Tex
 from cake_core.plugins import Plugins
 from cake_core.stages.devices import component_options, load_text
 from cake_core.stages.stage import LocalStage
+from cake_core.worker.parking import Parking
 
 LayerProgress = Callable[[str, int, int], None]
 """`progress(layers, done, total)` in bytes."""
@@ -36,6 +37,7 @@ class Serving:
         self.info: ModelInfo = self.backend.describe(spec.checkpoint, spec.options)
         self.spans = spec.spans
         self.stages: list[LocalStage] = []
+        self.parking = Parking(self.stages)
         self.components: dict[str, Component] = {}
         self.component_lock = threading.Lock()
         self.fingerprints: dict[str, str] = {}
@@ -85,6 +87,7 @@ class Serving:
 
     def shutdown(self) -> None:
         """Frees everything. Idempotent."""
+        self.parking.end()
         stages, self.stages = self.stages, []
         components, self.components = self.components, {}
         for stage in stages:

@@ -1,7 +1,7 @@
 """A worker: a process that serves some layers of a model to any number of masters.
 
-Each master has its own sessions; what it opened is closed when its link ends. Work is done in the thread that reads the
-master's link, under the stage's lock, and the result is sent from there.
+Each master has its own sessions. When its link ends they are kept for a moment, should it be back, and closed then. Work is
+done in the thread that reads the master's link, under the stage's lock, and the result is sent from there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from cake_core.worker.serving import LayerProgress, Serving, ServingSpec
 from cake_core.worker.tenant import Means, Tenant
 
 log = logging.getLogger(__name__)
+
+RELIEVED = 20.0
+"""Seconds to wait for the end of a master's former link; sessions that are not parked by then are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +156,25 @@ class Worker:
                 return partial(guest.take_over, stage)
         raise StageError(f"{self.name} expects nobody with that ticket")
 
+    def relieve(self, guest: Guest) -> None:
+        """A master is back over another link: ends its former ones, which may only seem to stand, so that its sessions are
+        parked. That waits for a batch under way, as the stage's next one would."""
+        with self._lock:
+            former = [other for other in self._guests if other is not guest and other.token == guest.token]
+        for other in former:
+            other.link.close()
+            other.link.join(RELIEVED)
+
     @property
     def sessions(self) -> int:
         """Sessions open for all masters together."""
         with self._lock:
             return sum(len(guest.sessions) for guest in self._guests)
+
+    @property
+    def parked(self) -> int:
+        """Sessions kept for masters whose links fell."""
+        return 0 if self.serving is None else self.serving.parking.count
 
     def shutdown(self, drain: float = 0.0) -> None:
         """Stops accepting, tells the masters, waits up to `drain` seconds for open sessions to end, then frees everything."""
@@ -192,6 +209,7 @@ class Worker:
                 "system": platform.system(),
                 "machine": platform.machine(),
                 "sessions": self.sessions,
+                "parked": self.parked,
             },
         }
 
