@@ -113,8 +113,8 @@ class Guest:
             case Type.OPEN:
                 self._open(link, message)
             case Type.TRUNCATE:
-                own = self._own(message.stage, message.fields["session"])
-                kept = self._stage(message).truncate(own, message.fields["length"])
+                stage = self._stage(message)
+                kept = stage.truncate(self._own(message.stage, message.fields["session"]), message.fields["length"])
                 link.answer(message, Type.LENGTH, {"length": kept})
             case Type.CLOSE:
                 self._close(message)
