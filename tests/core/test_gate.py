@@ -200,3 +200,28 @@ def test_a_flood_is_not_a_flood_of_lines(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "again", "again", "later (8 more like this were not logged)",
     ]  # fmt: skip
+
+
+def test_who_dials_again_and_again_is_named_once_in_a_while(caplog):
+    complaints = Complaints(most=10, seconds=60, again=600)
+    with caplog.at_level(logging.WARNING):
+        for now in range(0, 660, 30):  # as a master with the wrong key does
+            complaints.say(f"wrong key at {now}", "10.0.0.2 AuthenticationError", now=float(now))
+            if now == 90:
+                complaints.say("wrong version", "10.0.0.2 NodeMismatch", now=float(now))
+                complaints.say("another's wrong key", "10.0.0.3 AuthenticationError", now=float(now))
+    assert [record.getMessage() for record in caplog.records] == [
+        "wrong key at 0",
+        "wrong version (3 more like this were not logged)",
+        "another's wrong key",
+        "wrong key at 600 (16 more like this were not logged)",
+    ]
+
+
+def test_a_peer_that_redials_with_a_wrong_key_is_one_line(transport, gate, caplog):
+    for _ in range(5):
+        with pytest.raises(AuthenticationError):
+            security.dial(transport, gate.address, OTHER, b"dialler", PATIENCE)
+    assert heard(caplog, "refused a connection")
+    gate.close()
+    assert len([record for record in caplog.records if "refused a connection" in record.getMessage()]) == 1

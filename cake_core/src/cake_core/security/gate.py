@@ -18,7 +18,7 @@ from collections.abc import Callable
 from cake_core.errors import CakeError, ChannelClosed, DeadlineExceeded, ProtocolError, TransportError
 from cake_core.security.handshake import NONCE, Handshake, authenticate_listener, check_encryption, explain, refuse_body
 from cake_core.security.keys import ClusterKey
-from cake_core.security.strangers import Complaints, Limits, Strangers
+from cake_core.security.strangers import Complaints, Limits, Strangers, origin_of
 from cake_core.transport import Address, Channel, Listener, PollingChannel, PollingListener
 
 log = logging.getLogger(__name__)
@@ -186,4 +186,5 @@ class Gate:
         else:
             channel.abort()
         if not expected:
-            self._complaints.say(f"refused a connection to {self.address}: {error}")
+            subject = f"{origin_of(channel.peer)} {type(error).__name__}"
+            self._complaints.say(f"refused a connection to {self.address}: {error}", subject)

@@ -62,24 +62,31 @@ class Strangers:
 
 
 class Complaints:
-    """Logs warnings, a few a minute: a flood of strangers must not become a flood of lines."""
+    """Logs warnings: `most` in `seconds`, because a flood of strangers must not become a flood of lines, and once in `again`
+    seconds of the same subject, because who dials again and again has nothing new to say."""
 
-    def __init__(self, most: int = 10, seconds: float = 60.0) -> None:
+    def __init__(self, most: int = 10, seconds: float = 60.0, again: float = 600.0) -> None:
         self._most = most
         self._seconds = seconds
+        self._again = again
+        self._told: dict[str, float] = {}
+        """When subjects were last warned of; as few as there were lines."""
         self._since = -seconds
         self._said = 0
         self._kept = 0
         self._lock = threading.Lock()
 
-    def say(self, text: str, now: float | None = None) -> None:
+    def say(self, text: str, subject: str = "", now: float | None = None) -> None:
         now = time.monotonic() if now is None else now
         with self._lock:
             if now - self._since >= self._seconds:
                 self._since, self._said = now, 0
-            if self._said >= self._most:
+            self._told = {other: when for other, when in self._told.items() if now - when < self._again}
+            if self._said >= self._most or subject in self._told:
                 self._kept += 1
                 return
+            if subject:
+                self._told[subject] = now
             self._said += 1
             more, self._kept = self._kept, 0
         log.warning("%s%s", text, f" ({more} more like this were not logged)" if more else "")
