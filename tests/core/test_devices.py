@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from tests.core.test_engine import plain_loop, prompt_of
 
 from cake_core.errors import CapacityError, ConfigError, RewindError, StageError
 from cake_core.events import TokenEvent
-from cake_core.model import SAMPLE, Batch, Layer, LoadOptions, ModelInfo, Row, SessionSpec, int32_tensor
+from cake_core.model import SAMPLE, Batch, Layer, LoadOptions, ModelInfo, Pending, Row, SessionSpec, int32_tensor
 from cake_core.planners.costs import SPARE
 from cake_core.plugins import Plugins
 from cake_core.profiles import DeviceProfile
@@ -20,6 +23,7 @@ from cake_core.stages.devices import Room, Share, component_options, devices_of,
 from cake_core.stages.relay import Relay
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.contracts.text_rig import Chain, cuts_of
+from cake_core.testing.toy_stage import ToyStage
 from cake_core.testing.toys import ToyTextBackend, toy_checkpoint, toy_image_checkpoint, write_toy_checkpoint
 from cake_core.topology import Topology
 from cake_core.worker.serving import Serving, ServingSpec
@@ -229,6 +233,33 @@ def test_a_part_that_cannot_go_back_leaves_all_parts_at_one_length(tmp_path):
     with pytest.raises(RewindError, match="0 instead of 10"):
         forward(stage, 1, 10, range(2, 20))
     assert forward(stage, 1, 0, range(2, 12)).tensors["tokens"].shape == (1,)
+
+
+@pytest.mark.parametrize("failing", [range(4, 5), range(4, 7, 2), range(4, 1000)], ids=["once", "twice", "always"])
+def test_what_the_parts_lost_is_computed_again_once_a_token(tmp_path, monkeypatch, failing):
+    """Without guessing: a later device fails, and those before it have no way back."""
+    checkpoint = write_toy_checkpoint(tmp_path, recurrent=True)
+    submit, batches = ToyStage.submit, itertools.count()
+
+    def refuse(self: ToyStage, batch: Batch) -> Pending:
+        pending = Pending()
+        if "lm_head" in self.layers and next(batches) in failing:
+            pending.fail(StageError("out of order"))
+            return pending
+        return submit(self, batch)
+
+    request = TextRequest(prompt_of(9), SamplingParams(seed=3), max_tokens=12, ignore_eos=True)
+    expected = plain_loop(checkpoint, request.prompt, request.sampling, 12)
+    monkeypatch.setattr(ToyStage, "submit", refuse)
+    options = LoadOptions(device="cuda:0,cpu")
+    ids: list[int] = []
+    always = len(failing) > 2
+    ends = pytest.raises(StageError, match="out of order") if always else nullcontext()
+    with closing(open_text(Plugins(entries=()), RunSpec(checkpoint, Topology(), options))) as runtime, ends:
+        ids.extend(e.token for e in runtime.engine.generate(request) if isinstance(e, TokenEvent))
+    assert ids == expected[: len(ids)]
+    assert len(ids) == (4 if always else 12)
+    assert next(batches) < 30, "not tried for ever"
 
 
 def test_a_session_that_a_later_part_refuses_is_open_nowhere(checkpoint, info):

@@ -229,11 +229,13 @@ class Loop:
                 log.warning("%d sequences go on from what is left of them: %s", len(sequences), error)
                 self._scheduler.resume(*sequences)
                 return
-        if isinstance(error, RewindError) and self._scheduler.speculator is not None:
-            log.warning("no more guesses: %s", error)
-            self._scheduler.speculator.off = True
-            self._scheduler.requeue(*sequences)
-            return
+        if isinstance(error, RewindError):  # wrong guesses are what most often has to be taken back
+            if self._scheduler.speculator is not None:
+                self._scheduler.speculator.off = True
+            again = [sequence for sequence in sequences if sequence.goes_back()]
+            log.warning("%d sequences are computed again: %s", len(again), error)
+            self._scheduler.requeue(*again)
+            sequences = [sequence for sequence in sequences if sequence not in again]
         if isinstance(error, CapacityError):
             ledger = self._scheduler.ledger
             ledger.capacity = max(1, min(ledger.capacity or ledger.used, ledger.used) - 1)

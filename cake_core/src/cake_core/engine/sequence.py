@@ -30,6 +30,7 @@ class Sequence:
         in_flight: batches under way that have a row of it. drawing: tokens that they will draw.
         guesses: ids that the row under way has after its certain one. rewind: the stages hold positions beyond `forwarded`, of
             guesses that were wrong. guessing: what is known to guess from.
+        rewound: how many tokens it had when it was last computed again because a stage could not go back.
         scored: prompt positions whose scores have been asked for already.
         limit: tokens, prompt included, at which it ends.
     """
@@ -47,6 +48,7 @@ class Sequence:
     drawing: int = 0
     guesses: list[int] = field(default_factory=list)
     rewind: bool = False
+    rewound: int = 0
     guessing: Guessing | None = None
     scored: int = 0
     cached: int = 0
@@ -99,6 +101,11 @@ class Sequence:
     def may_be_guessed(self) -> bool:
         """A grammar refuses to follow a wrong guess; anything else is decided position by position."""
         return self.request.grammar is None
+
+    def goes_back(self) -> bool:
+        """Whether it is computed again after a stage lost part of it: once for each token drawn."""
+        first, self.rewound = len(self.tokens) > self.rewound, len(self.tokens)
+        return first
 
     @property
     def room(self) -> int:
