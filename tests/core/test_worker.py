@@ -128,6 +128,25 @@ def test_malformed_frames_close_the_link_with_a_reason_and_nothing_else(
     bystander.link.close()
 
 
+def test_a_worker_that_ends_waits_for_those_who_are_leaving(cluster: LocalCluster) -> None:
+    """Or their threads would close sessions of stages that are gone."""
+    worker = cluster.workers["w0"]
+    serving = worker.serving
+    assert serving is not None
+    master = Master(cluster)
+    for session in (1, 2):
+        master.open(session)
+    with serving.stages[0]._lock:  # so that closing them takes as long as we like
+        master.link.channel.abort()
+        wait_for(lambda: worker.sessions == 0)
+        ending = threading.Thread(target=cluster.stop, args=("w0",))
+        ending.start()
+        ending.join(0.2)
+    ending.join(10)
+    assert not ending.is_alive()
+    assert not worker._guests
+
+
 def test_requests_a_worker_does_not_serve_are_answered(cluster: LocalCluster) -> None:
     master = Master(cluster)
     call = {"layer": "unet", "method": "x", "image": 1, "scalars": {}, "tensors": [], "constants": [], "ids": {}}

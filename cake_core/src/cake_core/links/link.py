@@ -80,8 +80,9 @@ class Link:
         ]
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        with self._lock:  # or `join` could find a thread that has a number and has not started yet, which is an error
+            for thread in self._threads:
+                thread.start()
 
     @property
     def up(self) -> bool:
@@ -154,8 +155,10 @@ class Link:
 
     def join(self, timeout: float = 5.0) -> None:
         """Waits for the link's threads, unless called from one of them."""
-        for thread in self._threads:
-            if thread is not threading.current_thread() and thread.ident is not None:
+        with self._lock:
+            started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
+            if thread is not threading.current_thread():
                 thread.join(timeout)
 
     # Inside

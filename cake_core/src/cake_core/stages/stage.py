@@ -7,7 +7,7 @@ import time
 from concurrent.futures import Future, wait
 from typing import Protocol
 
-from cake_core.errors import CakeError, NodeError, NodeLost, RewindError, StageError
+from cake_core.errors import CakeError, NodeLost, RewindError, StageError
 from cake_core.links.link import Link
 from cake_core.links.reports import StageClock
 from cake_core.model import Batch, Memory, Pending, SessionSpec, TextStage
@@ -183,7 +183,7 @@ class RemoteStage:
         try:
             link = self._link if self._link is not None and self._link.up else self._peer.link()
             link.tell(Type.CLOSE, {"session": session}, self.index)
-        except NodeError:
+        except CakeError:
             return  # a node that we cannot reach soon gives up what is ours by itself
 
     def memory(self) -> Memory:

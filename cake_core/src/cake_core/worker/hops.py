@@ -85,7 +85,9 @@ class Hops:
 
     def expect(self, stage: int, fields: Mapping[str, Any]) -> None:
         """From now on only the worker with this ticket may bring the stage its input."""
-        self._tickets = {ticket: other for ticket, other in self._tickets.items() if other != stage}
+        for ticket, other in list(self._tickets.items()):  # which another worker's thread may claim meanwhile
+            if other == stage:
+                self._tickets.pop(ticket, None)
         self._tickets[fields["ticket"]] = stage
         self._drop_source(stage)
 

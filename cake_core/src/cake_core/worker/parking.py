@@ -43,11 +43,11 @@ class Parking:
 
     def park(self, token: bytes, sessions: dict[Key, int], seconds: float) -> None:
         """Keeps sessions for whoever has the token, `seconds` long; with 0 seconds it closes them."""
-        if not sessions or self._ended:  # what the stages held is freed
-            return
         lot = Lot(token, sessions, threading.Timer(min(seconds, MOST_SECONDS), lambda: self._give_up(lot)))
         lot.timer.name, lot.timer.daemon = "cake-parking", True
         with self._lock:
+            if not sessions or self._ended:  # what the stages held is freed
+                return
             self._lots.append(lot)
             if not seconds:
                 self._close(lot)
@@ -77,7 +77,8 @@ class Parking:
 
     def end(self) -> None:
         """Closes all, and keeps nothing from now on."""
-        self._ended = True
+        with self._lock:
+            self._ended = True
         self.give_up()
 
     @property

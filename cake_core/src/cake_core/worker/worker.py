@@ -113,7 +113,7 @@ class Worker:
     def holders(self, but: Guest | None = None) -> list[str]:
         """The masters that are attached, but for this one."""
         with self._lock:
-            return [guest.link.name for guest in self._guests if guest is not but and guest.attached]
+            return [guest.link.name for guest in self._guests if guest is not but and guest.attached and guest.link.up]
 
     def serve(self, gate: ChannelSource) -> None:
         """Serves every master that comes through the gate, until `shutdown`."""
@@ -139,12 +139,16 @@ class Worker:
         return link
 
     def _gone(self, link: Link, error: CakeError) -> None:
+        """In the link's thread. The guest stays known until it is released: `relieve` and `shutdown` wait for that."""
         log.info("%s left: %s", link.name, error)
         with self._lock:
             guests = [guest for guest in self._guests if guest.link is link]
-            self._guests.difference_update(guests)
-        for guest in guests:
-            guest.release()
+        try:
+            for guest in guests:
+                guest.release()
+        finally:
+            with self._lock:
+                self._guests.difference_update(guests)
 
     def claim(self, ticket: bytes, link: Link) -> Forward:
         """Who takes the batches that come over `link` with this ticket. Raises StageError for one that nobody gave."""
