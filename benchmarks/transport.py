@@ -68,7 +68,7 @@ def read_all(sock: socket.socket, view: memoryview) -> None:
         view = view[count:]
 
 
-def write_all(sock: socket.socket, prefix: bytes, body: memoryview) -> None:
+def write_all(sock: socket.socket, prefix: bytes | bytearray, body: memoryview) -> None:
     if isinstance(sock, ssl.SSLSocket):
         small = body.nbytes < 65536
         sock.sendall(prefix + body if small else prefix)

@@ -2,8 +2,11 @@
 
     python benchmarks/worker_path.py
 
-A worker process and a raw echo server in another; in each round both answer one activation of 16 KiB, in random order: hot,
+A process with a worker and a raw echo server; in each round both answer one activation of 16 KiB, in random order: hot,
 one right after the other, and at decode pace, after a pause of 3 to 7 ms. No TLS. Medians of paired differences.
+
+`worker` is asked with bytes that were made before, by the same plain socket that asks the echo: what is over is the worker's.
+`both ends` asks with Cake's own channel and codec, as a master does, so that its encoding and decoding are in it as well.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import random
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -20,8 +24,9 @@ import time
 from collections.abc import Callable
 
 from sleeping import LAYERS, SleepingCheckpoint, Speed, sleeping_plugins
-from transport import seconds_for, serve_socket, socket_asker
+from transport import read_all, seconds_for, serve_socket, socket_asker, write_all
 
+from cake_core.framing import MAGIC, PREFIX, frame
 from cake_core.links.link import LinkTiming
 from cake_core.model import Batch, Row, SessionSpec, Tensor, Want
 from cake_core.requests import SamplingParams
@@ -34,7 +39,14 @@ from cake_transport_tcp.transport import TcpTransport
 
 SIZE = 16384
 STAGE = [f"model.layers.{i}" for i in range(LAYERS)]
+ATTACH = (encode(Type.ATTACH, 1, {"model_type": "text", "stages": [STAGE]}), ())
+SPEC = spec_to_fields(SessionSpec(SamplingParams()))
+OPEN = (encode(Type.OPEN, 0, {"session": 1, "spec": SPEC, "parent": None, "length": 0}), ())
 Ask = Callable[[bytearray, int], None]
+
+
+def activation(position: int, body: bytearray) -> Batch:
+    return Batch((Row(1, position, 1, Want(sample=1)),), {"hidden": Tensor("u8", (1, SIZE), body)})
 
 
 def serve() -> None:
@@ -48,6 +60,40 @@ def serve() -> None:
         sys.stdin.read()  # until the asking process is gone
 
 
+def plain_asker(port: int) -> Ask:
+    """Messages made in advance, over a plain socket; only the numbers in them that must change are written again."""
+    sock = socket.create_connection(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def read_message() -> None:
+        prefix = bytearray(PREFIX.size)
+        read_all(sock, memoryview(prefix))
+        _, header, body = PREFIX.unpack(prefix)
+        read_all(sock, memoryview(bytearray(header + body)))
+
+    sock.sendall(frame(*ATTACH)[0])
+    read_message()
+    sock.sendall(frame(*OPEN)[0])
+    header, _ = encode_batch(Type.FORWARD, 0, activation(0, bytearray(SIZE)))
+    output, _ = encode_batch(Type.OUTPUT, 0, Batch((), activation(0, bytearray(SIZE)).tensors))
+    message = bytearray(PREFIX.pack(MAGIC, len(header), SIZE) + header)
+    length = PREFIX.size + len(output) + SIZE
+    position = 0
+
+    def ask(body: bytearray, back: int) -> None:  # noqa: ARG001 - it comes back as long as it went
+        nonlocal position
+        struct.pack_into("<I", message, PREFIX.size + 4, position + 2)
+        struct.pack_into("<I", message, PREFIX.size + 16 + 8, position)
+        position += 1
+        write_all(sock, message, memoryview(body))
+        found = bytearray(length)
+        read_all(sock, memoryview(found))
+        if found[PREFIX.size] != Type.OUTPUT:
+            raise RuntimeError(f"message {found[PREFIX.size]} instead of an output")
+
+    return ask
+
+
 def worker_asker(port: int) -> Ask:
     channel = TcpTransport().dial(Address("127.0.0.1", port), None, 10.0)
     reader = BodyReader(1 << 24)
@@ -57,17 +103,15 @@ def worker_asker(port: int) -> Ask:
         if (found := decode(header)).type is not kind:
             raise RuntimeError(f"{found.type.name}: {found.fields}")
 
-    channel.send(encode(Type.ATTACH, 1, {"model_type": "text", "stages": [STAGE]}))
+    channel.send(*ATTACH)
     answer(Type.ATTACHED)
-    spec = spec_to_fields(SessionSpec(SamplingParams()))
-    channel.send(encode(Type.OPEN, 0, {"session": 1, "spec": spec, "parent": None, "length": 0}))
+    channel.send(*OPEN)
     position = 0
 
     def ask(body: bytearray, back: int) -> None:  # noqa: ARG001 - it comes back as long as it went
         nonlocal position
-        batch = Batch((Row(1, position, 1, Want(sample=1)),), {"hidden": Tensor("u8", (1, SIZE), body)})
+        header, buffers = encode_batch(Type.FORWARD, position + 2, activation(position, body))
         position += 1
-        header, buffers = encode_batch(Type.FORWARD, position + 1, batch)
         channel.send(header, buffers, 30.0)
         answer(Type.OUTPUT)
 
@@ -84,10 +128,11 @@ def measure(asks: dict[str, Ask], rounds: int, paced: bool) -> None:
             else:
                 seconds_for(asks[kind], body, SIZE)  # warm, as the one before it in a row
             times[kind].append(1e6 * seconds_for(asks[kind], body, SIZE))
-    over = statistics.median(a - b for a, b in zip(times["worker"], times["raw"], strict=True))
-    medians = {kind: statistics.median(found) for kind, found in times.items()}
-    kind = "paced" if paced else "hot"
-    print(f"{kind:8}echo {medians['raw']:7.1f} µs   worker {medians['worker']:7.1f} µs   over {over:7.1f} µs")
+    line = f"{'paced' if paced else 'hot':8}echo {statistics.median(times['raw']):7.1f} µs"
+    for kind in (kind for kind in asks if kind != "raw"):
+        over = statistics.median(a - b for a, b in zip(times[kind], times["raw"], strict=True))
+        line += f"   {kind} {statistics.median(times[kind]):7.1f} µs, over {over:7.1f} µs"
+    print(line)
 
 
 def main() -> None:
@@ -103,7 +148,8 @@ def main() -> None:
         try:
             assert server.stdout is not None
             ports = json.loads(server.stdout.readline())
-            asks = {"raw": socket_asker("raw", ports["raw"]), "worker": worker_asker(ports["worker"])}
+            asks = {"raw": socket_asker("raw", ports["raw"])}
+            asks |= {"worker": plain_asker(ports["worker"]), "both ends": worker_asker(ports["worker"])}
             measure(asks, 50, paced=False)  # to warm up
             print()
             for paced in (False, True):

@@ -18,7 +18,8 @@ from cake_core.requests import SamplingParams
 from cake_core.transport import MAX_HEADER
 from cake_core.wire.bodies import BodyReader
 from cake_core.wire.codec import error_fields, error_from_fields, spec_from_fields, spec_to_fields
-from cake_core.wire.protocol import MAX_ROWS, Type, decode, encode, encode_batch, tensor_fields
+from cake_core.wire.listing import tensor_fields
+from cake_core.wire.protocol import MAX_ROWS, Type, decode, encode, encode_batch
 
 BATCH = Batch(
     (Row(1, 0, 3), Row(2**40, 7, 1, Want(1, 5, True, 3, False)), Row(3, 9, 2, Want(hidden=True))),

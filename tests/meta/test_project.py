@@ -19,7 +19,7 @@ from cake_core.testing import contracts
 PROJECTS = {folder.name: tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) for folder in DISTRIBUTIONS}
 
 LONGEST_FILE = 280
-LONGER_FILES = {"cake_core.model": 560}
+LONGER_FILES = {"cake_core.model": 510}
 """The contract is read as a whole."""
 LONGEST_FUNCTION = 50
 LONGEST_KERNEL = 75

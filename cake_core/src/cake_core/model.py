@@ -7,13 +7,13 @@ Nothing here knows torch, numpy, an architecture or a network. A text backend gi
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
-from cake_core.errors import ConfigError, DeadlineExceeded, ProtocolError
+from cake_core.errors import ConfigError, ProtocolError
+from cake_core.pending import Pending as Pending
 
 if TYPE_CHECKING:
     from cake_core.checkpoint import Checkpoint
@@ -46,14 +46,16 @@ class Tensor:
         size = DTYPE_SIZES.get(self.dtype)
         if size is None:
             raise ProtocolError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPE_SIZES)}")
-        if any(n < 0 for n in self.shape):
+        if min(self.shape, default=0) < 0:
             raise ProtocolError(f"negative dimension in shape {self.shape}")
-        if math.prod(self.shape) * size != self.nbytes:
-            raise ProtocolError(f"{self.dtype}{list(self.shape)} needs {math.prod(self.shape) * size} bytes, not {self.nbytes}")
+        needed = math.prod(self.shape) * size
+        if needed != self.nbytes:
+            raise ProtocolError(f"{self.dtype}{list(self.shape)} needs {needed} bytes, not {self.nbytes}")
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes if isinstance(self.data, memoryview) else len(self.data)
+        data = self.data
+        return data.nbytes if isinstance(data, memoryview) else len(data)
 
 
 def int32_tensor(values: Sequence[int]) -> Tensor:
@@ -243,7 +245,10 @@ class Batch:
     @property
     def positions(self) -> int:
         """T, the number of positions in the batch."""
-        return sum(row.length for row in self.rows)
+        total = 0
+        for row in self.rows:
+            total += row.length
+        return total
 
     def split(self) -> Iterator[Batch]:
         """One batch a row, for a backend that prefers to loop; inverse of `join`."""
@@ -313,72 +318,6 @@ class SessionSpec:
     grammar: str | None = None
     length_hint: int = 0
     wire_dtype: str = ""
-
-
-class Pending:
-    """A batch under way: the answer of `TextStage.submit`. One producer, any number of readers. `error`: why it failed."""
-
-    __slots__ = ("_callbacks", "_event", "_lock", "_value", "error")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._event: threading.Event | None = None
-        self._callbacks: list[Callable[[Pending], None]] | None = []
-        self._value: Batch | None = None
-        self.error: BaseException | None = None
-
-    @classmethod
-    def completed(cls, value: Batch) -> Pending:
-        pending = cls()
-        pending.set(value)
-        return pending
-
-    def done(self) -> bool:
-        return self._callbacks is None
-
-    def set(self, value: Batch) -> None:
-        """Completes with a value. Callbacks run in this thread. A second completion is ignored."""
-        self._finish(value, None)
-
-    def fail(self, error: BaseException) -> None:
-        """Completes with an error. A second completion is ignored."""
-        self._finish(None, error)
-
-    def _finish(self, value: Batch | None, error: BaseException | None) -> None:
-        with self._lock:
-            if self._callbacks is None:
-                return
-            self._value, self.error = value, error
-            callbacks, self._callbacks = self._callbacks, None
-            if self._event is not None:
-                self._event.set()
-        for callback in callbacks:
-            callback(self)
-
-    def when_done(self, callback: Callable[[Pending], None]) -> None:
-        """Calls `callback(self)` once, on completion or at once; it must not block or raise."""
-        with self._lock:
-            if self._callbacks is not None:
-                self._callbacks.append(callback)
-                return
-        callback(self)
-
-    def result(self, timeout: float | None = None) -> Batch:
-        """Waits and returns the batch.
-
-        Raises:
-            DeadlineExceeded: nothing came within `timeout` seconds.
-            CakeError: whatever the stage failed with.
-        """
-        with self._lock:
-            if self._callbacks is not None and self._event is None:
-                self._event = threading.Event()
-            event = self._event
-        if self._callbacks is not None and event is not None and not event.wait(timeout):
-            raise DeadlineExceeded(f"no result within {timeout} s")
-        if self.error is not None:
-            raise self.error
-        return cast("Batch", self._value)
 
 
 class TextStage(Protocol):

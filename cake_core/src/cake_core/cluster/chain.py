@@ -20,7 +20,7 @@ from typing import Literal
 from cake_core.errors import CakeError, NodeUnreachable
 from cake_core.links.link import Link
 from cake_core.model import Batch, Pending, SessionSpec
-from cake_core.stages.inputs import inputs_of
+from cake_core.stages.inputs import inputs_of, read_by
 from cake_core.stages.stage import RemoteStage, Stage
 from cake_core.transport import Address
 from cake_core.wire.protocol import CHAINED, Message, Type
@@ -43,15 +43,18 @@ class Leg:
 
     stages: tuple[Stage, ...]
     places: Places
+    reads: frozenset[str]
+    """Tensors of a batch that any of its stages reads."""
 
     @classmethod
     def over(cls, stages: Sequence[Stage]) -> Leg:
-        return cls(tuple(stages), tuple((stage.node, stage.layers) for stage in stages))
+        places = tuple((stage.node, stage.layers) for stage in stages)
+        return cls(tuple(stages), places, read_by([name for _, layers in places for name in layers]))
 
     def submit(self, batch: Batch) -> Pending:
         """The answer of the last stage. It fails when any of the links falls, or a hand-over between them is lost."""
         first = self.stages[0]
-        batch = Batch(batch.rows, inputs_of([name for stage in self.stages for name in stage.layers], batch.tensors))
+        batch = Batch(batch.rows, inputs_of(self.reads, batch.tensors))
         if len(self.stages) == 1 or not isinstance(first, RemoteStage):
             return first.submit(batch)
         pending, number = Pending(), CHAINED | next(_numbers) % CHAINED

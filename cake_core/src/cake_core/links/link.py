@@ -180,7 +180,9 @@ class Link:
             return
         self._last_sent = time.monotonic()
         self.count.sent += 1
-        self.count.bytes_sent += len(header) + sum(memoryview(b).nbytes for b in buffers)
+        self.count.bytes_sent += len(header)
+        for buffer in buffers:
+            self.count.bytes_sent += memoryview(buffer).nbytes
 
     def _read(self) -> None:
         reader = BodyReader(MAX_BODY)

@@ -11,7 +11,8 @@ from cake_core.links.link import Link
 from cake_core.model import Buffer, Memory, Tensor
 from cake_core.stages.stage import Peer
 from cake_core.wire.codec import content_id
-from cake_core.wire.protocol import Type, tensor_fields
+from cake_core.wire.listing import tensor_fields
+from cake_core.wire.protocol import Type
 
 
 class RemoteComponent:

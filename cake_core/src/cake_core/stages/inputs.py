@@ -10,11 +10,16 @@ EMBED = "model.embed_tokens"
 HEAD = "lm_head"
 
 
-def inputs_of(layers: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the batch's tokens and targets and the hidden states of the stage before, what the stage with `layers` reads."""
+def read_by(layers: Collection[str]) -> frozenset[str]:
+    """Of the batch's tokens and targets and the hidden states of the stage before, what a stage with `layers` reads."""
     first, last = EMBED in layers, HEAD in layers
     read = {"tokens": first or last, "hidden": not first, "targets": last}
-    return {name: tensor for name, tensor in tensors.items() if read.get(name, False)}
+    return frozenset(name for name, wanted in read.items() if wanted)
+
+
+def inputs_of(read: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of `tensors` those that are read."""
+    return {name: tensor for name, tensor in tensors.items() if name in read}
 
 
 def carried(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from cake_core.model import (
     int32_tensor,
     int32_values,
 )
-from cake_core.stages.inputs import EMBED, HEAD, carried, inputs_of
+from cake_core.stages.inputs import EMBED, HEAD, carried, inputs_of, read_by
 
 
 class Relay:
@@ -30,6 +30,7 @@ class Relay:
     def __init__(self, parts: Sequence[TextStage]) -> None:
         self.layers = tuple(chain.from_iterable(part.layers for part in parts))
         self._parts = tuple(parts)
+        self._reads = tuple(read_by(part.layers) for part in parts)
         self._draws = EMBED in self.layers and HEAD in self.layers
         self._drawn: dict[int, tuple[int, int]] = {}
         """Of a session the position after what was computed, and the token drawn for it."""
@@ -93,7 +94,7 @@ class Relay:
         tensors = batch.tensors
         for index, part in enumerate(self._parts):
             try:
-                result = part.submit(Batch(batch.rows, inputs_of(part.layers, tensors))).result()
+                result = part.submit(Batch(batch.rows, inputs_of(self._reads[index], tensors))).result()
             except BaseException as error:
                 self._take_back(batch.rows, index, error)
                 raise

@@ -11,6 +11,7 @@ from cake_core.errors import CakeError, NodeLost, RewindError, StageError
 from cake_core.links.link import Link
 from cake_core.links.reports import StageClock
 from cake_core.model import Batch, Memory, Pending, SessionSpec, TextStage
+from cake_core.stages.inputs import read_by
 from cake_core.wire.codec import spec_to_fields
 from cake_core.wire.protocol import Message, Type
 
@@ -42,6 +43,7 @@ class LocalStage:
     def __init__(self, node: str, stage: TextStage) -> None:
         self.node = node
         self.layers = stage.layers
+        self.reads = read_by(stage.layers)
         self.runs_ahead = bool(getattr(stage, "runs_ahead", False))
         self._stage = stage
         self._lock = threading.Lock()

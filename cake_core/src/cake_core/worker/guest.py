@@ -17,7 +17,8 @@ from cake_core.stages.stage import LocalStage
 from cake_core.topology import compress
 from cake_core.wire.bodies import split_buffers
 from cake_core.wire.codec import spec_from_fields
-from cake_core.wire.protocol import CHAINED, Message, Type, tensor_fields
+from cake_core.wire.listing import tensor_fields
+from cake_core.wire.protocol import CHAINED, Message, Type
 from cake_core.worker.constants import Constants
 from cake_core.worker.hops import Forward, Hops
 from cake_core.worker.parking import TOKEN, Key
@@ -72,8 +73,7 @@ class Guest:
         self._assigned = False
         self._forward_to: Forward | None = None
         """Set when no master but another worker is at the other end."""
-        self.token = b""
-        """By which the master finds its sessions should the link fall; empty: they end with it."""
+        self.token = b""  # by which the master finds its sessions should the link fall; empty: they end with it
         self._keep = 0.0
         self.sessions: dict[Key, int] = {}
         self._constants = Constants()
@@ -226,7 +226,7 @@ class Guest:
     def _forward(self, message: Message, body: memoryview) -> None:
         stage, tensors = self._stage(message), message.tensors(body)
         rows = tuple(Row(self._own(message.stage, r.session), r.position, r.length, r.want, r.rewind) for r in message.rows)
-        batch = Batch(rows, inputs_of(stage.layers, tensors))
+        batch = Batch(rows, inputs_of(stage.reads, tensors))
         pending = stage.submit(batch)
         if isinstance(pending.error, CapacityError) and self._held().parking.give_up():
             pending = stage.submit(batch)

@@ -24,10 +24,12 @@ class TcpChannel(PollingChannel):
         self._stream = stream
         self._inbox = Inbox()
         self._sending = threading.Lock()
+        self._over = False
 
     def send(self, header: bytes, buffers: Sequence[Buffer] = (), timeout: float | None = None) -> None:
         pieces = frame(header, buffers)
-        self._take_turn(timeout)
+        if not self._sending.acquire(blocking=False):
+            self._take_turn(timeout)
         try:
             self._stream.write(pieces, timeout)
         except DeadlineExceeded:
@@ -38,8 +40,6 @@ class TcpChannel(PollingChannel):
 
     def _take_turn(self, timeout: float | None) -> None:
         """Waits for other senders as long as they get on."""
-        if self._sending.acquire(blocking=False):
-            return
         while True:
             written = self._stream.written
             if self._sending.acquire(timeout=-1 if timeout is None else timeout):
@@ -57,8 +57,20 @@ class TcpChannel(PollingChannel):
             raise
 
     def _advance(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
+        inbox = self._inbox
         try:
-            return self._receive(allocate, timeout)
+            if self._over:  # what had arrived before the end is not worth having
+                raise ChannelClosed(f"the connection to {self.peer} was closed here")
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while (message := inbox.next(allocate)) is None:
+                if timeout is not None and inbox.in_body:
+                    deadline = time.monotonic() + timeout
+                count = self._stream.read(inbox.space(), deadline)
+                if not count:
+                    where = " in the middle of a message" if inbox.begun else ""
+                    raise ChannelClosed(f"{self.peer} closed the connection{where}")
+                inbox.arrived(count)
+            return message
         except DeadlineExceeded:
             raise
         except ProtocolError as error:
@@ -68,20 +80,6 @@ class TcpChannel(PollingChannel):
             # Also what a faulty `allocate` raises: the rest of its message would be read as the next one.
             self.abort()
             raise
-
-    def _receive(self, allocate: Allocate, timeout: float | None) -> tuple[bytes, memoryview]:
-        if self.fileno() < 0:  # what had arrived before the end is not worth having
-            raise ChannelClosed(f"the connection to {self.peer} was closed here")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (message := self._inbox.next(allocate)) is None:
-            if timeout is not None and self._inbox.in_body:
-                deadline = time.monotonic() + timeout
-            count = self._stream.read(self._inbox.space(), deadline)
-            if not count:
-                where = " in the middle of a message" if self._inbox.begun else ""
-                raise ChannelClosed(f"{self.peer} closed the connection{where}")
-            self._inbox.arrived(count)
-        return message
 
     def try_receive(self, allocate: Allocate) -> tuple[bytes, memoryview] | None:
         try:
@@ -94,7 +92,9 @@ class TcpChannel(PollingChannel):
         return self._stream.fileno()
 
     def close(self) -> None:
+        self._over = True
         self._stream.finish()
 
     def abort(self) -> None:
+        self._over = True
         self._stream.abort()

@@ -110,7 +110,10 @@ class Wire:
             while True:
                 # A short read emptied the socket, so the next byte has to be waited for: no vain attempt first.
                 if self._drained:
-                    self._wait(self._readable, deadline)
+                    if not self._readable.wait(deadline):
+                        raise self._late()
+                    if self._ended:
+                        raise self._closed()
                 try:
                     count = self._sock.recv_into(into)
                 except BlockingIOError:
@@ -135,8 +138,9 @@ class Wire:
                     raise self._closed()
                 sent = self._send(left)
                 if not sent:
-                    self._wait(self._writable, None if patience is None else time.monotonic() + patience)
-                    if self._writable.left:
+                    if not self._writable.wait(None if patience is None else time.monotonic() + patience):
+                        raise self._late()
+                    if self._writable.left and not self._ended:
                         raise ChannelClosed(f"{self.peer} closed the connection")
                 self.written += sent
                 left = _behind(left, sent)
@@ -164,11 +168,8 @@ class Wire:
         except BlockingIOError:
             return 0
 
-    def _wait(self, readiness: Readiness, deadline: float | None) -> None:
-        if not readiness.wait(deadline):
-            raise DeadlineExceeded(f"{self.peer} did not answer in time")
-        if self._ended:
-            raise self._closed()
+    def _late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.peer} did not answer in time")
 
     def _closed(self) -> ChannelClosed:
         return ChannelClosed(f"the connection to {self.peer} was closed here")
