@@ -151,12 +151,14 @@ def test_loading_that_fails_ends_the_transfer_and_what_came_stays(rig: Rig) -> N
 
     with pytest.raises(CapacityError, match="too big"):
         load()
-    again = Transfer(rig.store, rig.files)
-    again.add(rig.sender)
     before = len(rig.sender.sent)
-    again.run()
+    rig.transfer = Transfer(rig.store, rig.files)
+    with rig.arriving() as arriving:
+        assert all(rig.read(arriving.headers(), layer) for layer in LAYERS), "laid out anew, or over what was there"
+        arriving.finish()
     first = next(name for name, place in rig.places.items() if place == 0)
     assert first not in [file for file, _ in rig.sender.sent[before:]]
+    assert all(rig.read(open_path(rig.views.lay_out(rig.files)), layer) for layer in LAYERS)
 
 
 def test_headers_that_cannot_come_are_an_error_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
