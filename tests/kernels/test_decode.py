@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import Array
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from tests.kernels.weights_table import BLOCKS, random_blocks
 import cake_kernels as kernels
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, BLOCK, ROTARY = 256, 4, 2, 64, 512, 16, 48
+BLOCKS_IN_CACHE = 24
 KV = {"F32": (np.float32, 0), "F16": (np.float16, 1), "BF16": (np.uint16, 30), "I8": (np.int8, kernels.INT8)}
 F64 = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -95,14 +97,14 @@ def _reference(layer: Layer, x: F64, position: int, past: list[tuple[F64, F64]])
 
 
 class Model:
-    """Layers with their KV cache of 8 blocks, decoded by the library."""
+    """Layers with their KV cache, decoded by the library."""
 
     def __init__(self, layers: list[Layer], kv: str, threads: int) -> None:
         dtype, self.kv_type = KV[kv]
         self.pool = kernels.Pool(threads)
         self.layers = layers
-        self.caches = [np.zeros((2, 8, BLOCK, KV_HEADS, DIM), dtype) for _ in layers]
-        self.scales = [np.zeros((2, 8, BLOCK, KV_HEADS), np.float32) for _ in layers]
+        self.caches = [np.zeros((2, BLOCKS_IN_CACHE, BLOCK, KV_HEADS, DIM), dtype) for _ in layers]
+        self.scales = [np.zeros((2, BLOCKS_IN_CACHE, BLOCK, KV_HEADS), np.float32) for _ in layers]
         native: list[kernels.Layer] = [
             layer.native(cache[0], cache[1], scale)
             for layer, cache, scale in zip(layers, self.caches, self.scales, strict=True)
@@ -113,12 +115,18 @@ class Model:
             kv_type=self.kv_type, kv_block=BLOCK, norm_eps=1e-5, scale=DIM**-0.5,
         )  # fmt: skip
 
-    def decode(self, x: np.ndarray[Any, Any], positions: list[int], tables: list[list[int]]) -> np.ndarray[Any, Any]:
+    def decode(
+        self, x: np.ndarray[Any, Any], positions: list[int], tables: list[list[int]], lengths: Sequence[int] = ()
+    ) -> np.ndarray[Any, Any]:
+        """A table for each run; of one row each unless `lengths` says otherwise."""
         x = np.array(x, np.float32)
         at, table = np.array(positions, np.int32), np.array(tables, np.int32)
+        runs = np.array(lengths or [1] * len(x), np.int32)
         angles = np.stack([_angles(p) for p in positions])
         cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-        step = kernels.Step(len(x), table.shape[1], address(at), address(table), address(cosines), address(sines))
+        step = kernels.Step(
+            len(x), len(runs), table.shape[1], address(at), address(runs), address(table), address(cosines), address(sines)
+        )
         self.pool.decode(self.shape, self.native, step, address(x))
         return x
 
@@ -161,7 +169,23 @@ def test_decode_with_quantised_weights(isa: str, kind: str) -> None:
 def test_rows_of_one_sequence_in_one_step_are_as_one_by_one(isa: str) -> None:
     layers = [Layer("Q8_0", 1), Layer("Q4_K", 2)]
     x = np.random.default_rng(2).standard_normal((5, HIDDEN)).astype(np.float32)
-    together = Model(layers, "F32", 2).decode(x, list(range(5)), [[3, 1]] * 5)
+    together = Model(layers, "F32", 2).decode(x, list(range(5)), [[3, 1]], [5])
     single = Model(layers, "F32", 1)
     one_by_one = np.concatenate([single.decode(x[i : i + 1], [i], [[3, 1]]) for i in range(5)])
     assert np.array_equal(together, one_by_one)
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_a_long_run_attends_as_its_positions_would_one_by_one(isa: str, kv: str) -> None:
+    """Beside a run of one position, in strewn blocks, with and without a window, in two steps."""
+    layers = [Layer("F32", 1, window=37), Layer("F32", 2)]
+    lengths, table = (150, 135), list(range(19, 0, -1))
+    x = np.random.default_rng(4).standard_normal((sum(lengths), HIDDEN)).astype(np.float32)
+    together, single = Model(layers, kv, 2), Model(layers, kv, 1)
+    other = np.ones((1, HIDDEN), np.float32)
+    first = together.decode(np.concatenate([other, x[:150]]), [0, *range(150)], [[20] * 19, table], [1, 150])
+    second = together.decode(np.concatenate([x[150:], other]), [*range(150, 285), 1], [table, [20] * 19], [135, 1])
+    found = np.concatenate([first[1:], second[:-1]])
+    expected = np.concatenate([single.decode(x[i : i + 1], [i], [table]) for i in range(len(x))])
+    bound = {"F32": 1e-5, "F16": 2e-3, "BF16": 1e-2, "I8": 2e-2}[kv]  # a value that is rounded the other way
+    assert np.abs(found - expected).max() < bound * np.abs(expected).max()

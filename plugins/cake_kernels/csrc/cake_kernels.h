@@ -13,7 +13,7 @@
 #define CAKE_API __attribute__((visibility("default")))
 #endif
 
-#define CAKE_ABI 3
+#define CAKE_ABI 4
 
 /* Numbers of GGUF where GGUF has the type. */
 enum cake_type {
@@ -90,11 +90,12 @@ typedef struct {
   int32_t window;               /* positions attended to, 0: all */
 } cake_layer;
 
-/* One position of each of `rows` sequences, or several successive ones of a sequence in ascending order. */
+/* Runs of successive positions, each of a sequence of its own, one after another. */
 typedef struct {
-  int32_t rows, table_stride;
-  const int32_t *positions; /* [rows] */
-  const int32_t *tables;    /* [rows, table_stride]: KV block numbers of each row's sequence */
+  int32_t rows, runs, table_stride;
+  const int32_t *positions;     /* [rows] */
+  const int32_t *lengths;       /* [runs]: rows of each */
+  const int32_t *tables;        /* [runs, table_stride]: KV block numbers of each run's sequence */
   const float *cosines, *sines; /* [rows, rotary_dim / 2]: of each row's angles */
 } cake_step;
 

@@ -1,16 +1,25 @@
-/* A decode step: few positions through a run of layers in one call, so that nothing but arithmetic is paid for.
+/* Positions of some sequences through a run of layers in one call, so that nothing but arithmetic is paid for.
 
    Every thread runs the whole step; a phase hands out its tasks one by one, and a barrier ends it. */
 #include <stddef.h>
 
 #include "ops.h"
 
+/* What attends together: one row, or `rows` successive ones of a long run. */
+typedef struct {
+  int32_t run, row, rows, together;
+} attention_part;
+
+#define LONG_RUN 130 /* rows of a run from which they attend together; of shorter ones, guesses, each has what it would have alone */
+
 typedef struct {
   const cake_ops *ops;
   const cake_shape *shape;
   const cake_layer *layers;
   const cake_step *step;
-  int32_t count, queries, wants_hidden, wants_heads, wants_inner, longest;
+  attention_part *parts; /* in order of the rows */
+  int32_t *run_of;       /* [rows] */
+  int32_t count, queries, wants_hidden, wants_heads, wants_inner, longest, part_count;
   float *x, *normed, *q, *k, *v, *attended, *gate, *up, *product, *scores;
   activations hidden, heads, inner;
 } decode_job;
@@ -69,7 +78,17 @@ static void position_head(const decode_job *job, const float *norm, int32_t row,
   rotate(head, job->step->cosines + (int64_t)row * half, job->step->sines + (int64_t)row * half, half);
 }
 
+static const int32_t *table_of(const decode_job *job, int32_t run) {
+  return job->step->tables + (int64_t)run * job->step->table_stride;
+}
+
 static size_t kv_size(int32_t type) { return type == CAKE_F32 ? 4 : type == CAKE_I8 ? 1 : 2; }
+
+/* Floats that a thread needs to attend. */
+static int64_t scores_size(const decode_job *job) {
+  int64_t alone = (int64_t)job->queries * job->longest, together = cake_rows_scratch(job->ops->lanes, job->shape->head_dim);
+  return (alone > together ? alone : together) + 15 & ~15ll;
+}
 
 /* Rotates queries and keys, and writes keys and values into the cache. */
 static void cache_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
@@ -82,7 +101,7 @@ static void cache_phase(const decode_job *job, cake_worker *worker, const cake_l
     float *k = job->k + (int64_t)row * width_kv(s) + head * dim, *v = job->v + (int64_t)row * width_kv(s) + head * dim;
     for (int32_t i = 0; i < job->queries; i++) position_head(job, layer->q_norm, row, q + i * dim);
     position_head(job, layer->k_norm, row, k);
-    int64_t block = job->step->tables[(int64_t)row * job->step->table_stride + position / s->kv_block];
+    int64_t block = table_of(job, job->run_of[row])[position / s->kv_block];
     int64_t slot = (block * s->kv_block + position % s->kv_block) * s->kv_heads + head;
     size_t at = (size_t)(slot * dim) * kv_size(s->kv_type);
     int scaled = s->kv_type == CAKE_I8;
@@ -92,21 +111,24 @@ static void cache_phase(const decode_job *job, cake_worker *worker, const cake_l
   cake_barrier(worker);
 }
 
-/* A task is a group of heads that share their keys, or a single head where there are too few groups to go round. */
+/* A task is a part and a group of heads that share their keys, or a single head where there are too few groups to go round. */
 static void attention_phase(const decode_job *job, cake_worker *worker, const cake_layer *layer) {
   const cake_shape *s = job->shape;
-  const int32_t dim = s->head_dim, groups = job->step->rows * s->kv_heads;
-  const int split = groups < 4 * cake_threads(worker->pool) && dim % 32 == 0;
-  const int32_t queries = split ? 1 : job->queries, per_row = s->heads / queries;
+  const int32_t dim = s->head_dim, groups = job->part_count * s->kv_heads;
+  const int split = groups < 4 * cake_threads(worker->pool) && dim % 32 == 0 && !job->parts[0].together;
+  const int32_t queries = split ? 1 : job->queries, per_part = s->heads / queries;
+  float *scratch = job->scores + worker->index * scores_size(job);
   int32_t task;
-  while ((task = cake_next(worker, job->step->rows * per_row)) >= 0) {
-    int32_t row = task / per_row, head = task % per_row * queries, last = job->step->positions[row];
-    int64_t at = (int64_t)row * width_q(s) + head * dim;
-    attention_task t = {s, layer, job->step->tables + (int64_t)row * job->step->table_stride, head / job->queries, queries, 0, last,
-                        job->q + at, job->scores + (int64_t)worker->index * job->queries * job->longest, job->attended + at};
-    if (layer->window > 0 && last >= layer->window) t.first = last - layer->window + 1;
-    job->ops->attend(&t);
-    cake_prepare(job->ops, job->wants_heads, t.out, row, width_q(s), head * dim, queries * dim, &job->heads);
+  while ((task = cake_next(worker, job->part_count * per_part)) >= 0) {
+    const attention_part *part = &job->parts[task / per_part];
+    int32_t head = task % per_part * queries;
+    int64_t at = (int64_t)part->row * width_q(s) + head * dim;
+    attention_task t = {s, layer, table_of(job, part->run), head / job->queries, queries, job->step->positions[part->row],
+                        part->rows, job->q + at, job->attended + at, width_q(s), scratch};
+    if (part->together) job->ops->attend_rows(&t);
+    else job->ops->attend(&t);
+    for (int32_t i = 0; i < part->rows; i++)
+      cake_prepare(job->ops, job->wants_heads, t.out + i * t.stride, part->row + i, width_q(s), head * dim, queries * dim, &job->heads);
   }
   cake_barrier(worker);
 }
@@ -187,7 +209,9 @@ static int64_t lay_out(decode_job *job, int32_t threads, char *memory) {
   job->attended = (float *)take(&at, m * width_q(s) * size);
   job->gate = (float *)take(&at, m * s->inner * size);
   job->up = (float *)take(&at, m * s->inner * size);
-  job->scores = (float *)take(&at, (int64_t)threads * job->queries * job->longest * size);
+  job->scores = (float *)take(&at, threads * scores_size(job) * size);
+  job->parts = (attention_part *)take(&at, m * (int64_t)sizeof(attention_part));
+  job->run_of = (int32_t *)take(&at, m * (int64_t)sizeof(int32_t));
   const int32_t rows = job->step->rows;
   job->hidden = cake_activations(job->wants_hidden, job->normed, s->hidden, rows, s->hidden,
                                  take(&at, cake_activation_bytes(job->wants_hidden, rows, s->hidden)));
@@ -196,6 +220,18 @@ static int64_t lay_out(decode_job *job, int32_t threads, char *memory) {
   job->inner = cake_activations(job->wants_inner, job->gate, s->inner, rows, s->inner,
                                 take(&at, cake_activation_bytes(job->wants_inner, rows, s->inner)));
   return at - memory;
+}
+
+static void make_parts(decode_job *job) {
+  const int32_t most = job->ops->lanes / job->queries;
+  for (int32_t run = 0, row = 0; run < job->step->runs; run++) {
+    const int32_t stop = row + job->step->lengths[run], together = stop - row >= LONG_RUN && most > 1;
+    while (row < stop) {
+      attention_part part = {run, row, together ? smaller(most, stop - row) : 1, together};
+      for (int32_t i = 0; i < part.rows; i++) job->run_of[row++] = run;
+      job->parts[job->part_count++] = part;
+    }
+  }
 }
 
 int32_t cake_decode(cake_pool *pool, const cake_shape *shape, const cake_layer *layers, int32_t count, const cake_step *step,
@@ -215,6 +251,7 @@ int32_t cake_decode(cake_pool *pool, const cake_shape *shape, const cake_layer *
   char *memory = cake_scratch(pool, lay_out(&job, cake_threads(pool), nowhere));
   if (memory == NULL) return -1;
   lay_out(&job, cake_threads(pool), memory);
+  make_parts(&job);
   cake_run(pool, decode_work, &job);
   return 0;
 }

@@ -26,15 +26,18 @@ typedef struct {
   unit_act *units; /* [m, cols / UNIT] */
 } activations;
 
-/* One head group of one row: `queries` heads that share a key/value head. */
+#define ATTEND_KEYS 32 /* positions of the cache that many rows attend to at a time */
+
+/* Successive positions of a sequence and `queries` heads of each, which share a key/value head. */
 typedef struct {
   const cake_shape *shape;
   const cake_layer *layer;
   const int32_t *table;
-  int32_t kv_head, queries, first, last; /* positions first..last */
-  const float *q;                        /* [queries, head_dim] */
-  float *scores;                         /* scratch [queries, last - first + 1] */
-  float *out;                            /* [queries, head_dim] */
+  int32_t kv_head, queries, position, rows;
+  const float *q; /* [rows, queries, head_dim], rows `stride` apart, as in `out` */
+  float *out;
+  int64_t stride;
+  float *scratch;
 } attention_task;
 
 typedef struct {
@@ -48,8 +51,15 @@ typedef struct {
   void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *y);
   void (*gate)(const float *gate, const float *up, int32_t activation, int32_t n, float *y);
   void (*store_kv)(const float *x, int32_t type, int32_t n, void *out, float *scale);
-  void (*attend)(const attention_task *task);
+  void (*attend)(const attention_task *task);      /* one row; scratch [queries, position + 1] */
+  void (*attend_rows)(const attention_task *task); /* up to `lanes` rows * queries; scratch: cake_rows_scratch */
+  int32_t lanes;
 } cake_ops;
+
+/* Floats. */
+static inline int64_t cake_rows_scratch(int32_t lanes, int32_t head_dim) {
+  return 2 * (int64_t)head_dim * (lanes + ATTEND_KEYS) + lanes * ATTEND_KEYS;
+}
 
 extern const cake_ops cake_ops_scalar;
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,4 +1,4 @@
-/* Everything but the products: quantising, norms, gates, attention over the cache. Included once an instruction set. */
+/* What is done row by row between the products: quantising, norms, gates, storing in the cache. Included once an instruction set. */
 #include <math.h>
 
 /* e^x to 2 units in the last place, without a branch, so that loops over it are vectorised. */
@@ -77,84 +77,5 @@ static void store_kv_(const float *x, int32_t type, int32_t n, void *out, float 
     float most = largest_(x, n), inverse = most > 1e-36f ? 127.0f / most : 0.0f;
     for (int32_t i = 0; i < n; i++) ((int8_t *)out)[i] = round_(x[i] * inverse);
     *scale = most / 127.0f;
-  }
-}
-
-static INLINE vf kv_load_(const int type, const void *p, int32_t i) {
-  switch (type) {
-    case CAKE_F16: return f_half((const uint16_t *)p + i);
-    case CAKE_BF16: return f_bf16((const uint16_t *)p + i);
-    case CAKE_I8: return f_int(i_i8((const int8_t *)p + i));
-    default: return f_load((const float *)p + i);
-  }
-}
-
-/* Index of (position, head) in the cache, in vectors of head_dim. */
-static INLINE int64_t slot_(const attention_task *t, int32_t position) {
-  const cake_shape *s = t->shape;
-  int64_t block = t->table[position / s->kv_block];
-  return (block * s->kv_block + position % s->kv_block) * s->kv_heads + t->kv_head;
-}
-
-static INLINE void scores_(const int type, const attention_task *t) {
-  const int32_t dim = t->shape->head_dim, count = t->last - t->first + 1;
-  const size_t size = type == CAKE_F32 ? 4 : type == CAKE_I8 ? 1 : 2;
-  for (int32_t p = 0; p < count; p++) {
-    int64_t slot = slot_(t, t->first + p);
-    const void *key = (const char *)t->layer->keys + (size_t)(slot * dim) * size;
-    float scale = t->shape->scale * (type == CAKE_I8 ? t->layer->key_scale[slot] : 1.0f);
-    for (int32_t g = 0; g < t->queries; g++) {
-      vf acc = f_zero();
-      for (int32_t i = 0; i < dim; i += 16) acc = f_fma(f_load(t->q + g * dim + i), kv_load_(type, key, i), acc);
-      t->scores[g * count + p] = f_sum(acc) * scale;
-    }
-  }
-}
-
-static INLINE void softmax_(float *x, int32_t n) {
-  float most = -INFINITY;
-  for (int32_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
-  for (int32_t i = 0; i < n; i++) x[i] = exp_(x[i] - most);
-  float sums[16] = {0}, sum = 0;
-  int32_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int32_t j = 0; j < 16; j++) sums[j] += x[i + j];
-  for (; i < n; i++) sum += x[i];
-  for (int32_t j = 0; j < 16; j++) sum += sums[j];
-  float inverse = 1.0f / sum;
-  for (i = 0; i < n; i++) x[i] *= inverse;
-}
-
-static INLINE void mix_(const int type, const attention_task *t) {
-  const int32_t dim = t->shape->head_dim, count = t->last - t->first + 1;
-  const size_t size = type == CAKE_F32 ? 4 : type == CAKE_I8 ? 1 : 2;
-  memset(t->out, 0, sizeof(float) * (size_t)(t->queries * dim));
-  for (int32_t p = 0; p < count; p++) {
-    int64_t slot = slot_(t, t->first + p);
-    const void *value = (const char *)t->layer->values + (size_t)(slot * dim) * size;
-    float scale = type == CAKE_I8 ? t->layer->value_scale[slot] : 1.0f;
-    for (int32_t g = 0; g < t->queries; g++) {
-      vf weight = f_set(t->scores[g * count + p] * scale);
-      float *out = t->out + g * dim;
-      for (int32_t i = 0; i < dim; i += 16) f_store(out + i, f_fma(weight, kv_load_(type, value, i), f_load(out + i)));
-    }
-  }
-}
-
-static INLINE void attend_type_(const int type, const attention_task *t) {
-  scores_(type, t);
-  for (int32_t g = 0; g < t->queries; g++) {
-    int32_t count = t->last - t->first + 1;
-    softmax_(t->scores + g * count, count);
-  }
-  mix_(type, t);
-}
-
-static void attend_(const attention_task *t) {
-  switch (t->shape->kv_type) {
-    case CAKE_F16: attend_type_(CAKE_F16, t); break;
-    case CAKE_BF16: attend_type_(CAKE_BF16, t); break;
-    case CAKE_I8: attend_type_(CAKE_I8, t); break;
-    default: attend_type_(CAKE_F32, t);
   }
 }

@@ -11,7 +11,7 @@ import os
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).with_name("cake_kernels.dll" if os.name == "nt" else "libcake_kernels.so")
 
 
@@ -46,12 +46,12 @@ class Layer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """The positions of a decode step: addresses of i32 `positions` [rows] and KV block `tables` [rows, table_stride], and of
-    f32 `cosines` and `sines` [rows, rotary_dim / 2]."""
+    """Runs of successive positions, each of a sequence of its own: addresses of i32 `positions` [rows], `lengths` [runs] and KV
+    block `tables` [runs, table_stride], and of f32 `cosines` and `sines` [rows, rotary_dim / 2]."""
 
     _fields_ = (
-        ("rows", c_int32), ("table_stride", c_int32), ("positions", c_void_p), ("tables", c_void_p),
-        ("cosines", c_void_p), ("sines", c_void_p),
+        ("rows", c_int32), ("runs", c_int32), ("table_stride", c_int32), ("positions", c_void_p), ("lengths", c_void_p),
+        ("tables", c_void_p), ("cosines", c_void_p), ("sines", c_void_p),
     )  # fmt: skip
 
 

@@ -1,12 +1,13 @@
-"""A decode step in one call: few positions through all blocks of a stage, in C.
+"""Positions of a batch through all blocks of a stage in one call, in C.
 
-Longer batches go block by block through the model's own code, whose projections are `NativeLinear`s: the same products.
+Where the kernels cannot do what the blocks do, the model's own code serves, whose projections are `NativeLinear`s: the same
+products.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,12 @@ from cake_llama.cpu.linear import NativeLinear
 from cake_llama.model import Parts
 
 if TYPE_CHECKING:
-    from cake_llama.attention import StepPlan
+    from cake_llama.attention import RowPlan, StepPlan
     from cake_llama.config import ModelConfig
     from cake_llama.model import Block
 
-DECODE_ROWS = 128
-"""Positions up to which a whole step in C is faster than the model's own code, which attends row by row. It also gives each
-position what it would give it alone, to the last bit, so a row with guesses draws the same text."""
+PASS_ROWS = 512
+"""Positions a call: what bounds its memory."""
 
 KV_TYPES = {
     torch.float32: cake_kernels.TYPES["F32"], torch.float16: cake_kernels.TYPES["F16"],
@@ -57,21 +57,53 @@ class Decoder:
     def __call__(self, hidden: Tensor, plan: StepPlan) -> Tensor:
         """f32 [T, hidden_size] through the blocks; the rows' keys and values are written to the cache."""
         x = hidden.to(torch.float32, copy=True).contiguous()
-        positions, tables = array("i"), list[list[int]]()
-        for row in plan.rows:
-            positions.extend(range(row.position, row.position + row.length))
-            tables += [row.table.blocks] * row.length
-        width = max(len(table) for table in tables)
-        flat = array("i", [0]) * (width * len(tables))
-        for index, table in enumerate(tables):
-            flat[index * width : index * width + len(table)] = array("i", table)
         half = plan.cos.shape[-1] // 2
         cos, sin = plan.cos[:, 0, :half].contiguous(), plan.sin[:, 0, half:].contiguous()
-        step = cake_kernels.Step(
-            len(x), width, positions.buffer_info()[0], flat.buffer_info()[0], cos.data_ptr(), sin.data_ptr()
-        )
-        self._pool.decode(self._shape, self._layers, step, x.data_ptr())
+        start = 0
+        for runs in _passes(plan.rows):
+            count = sum(run.length for run in runs)
+            own = slice(start, start + count)
+            self._forward(runs, cos[own], sin[own], x[own])
+            start += count
         return x
+
+    def _forward(self, runs: Sequence[_Run], cos: Tensor, sin: Tensor, x: Tensor) -> None:
+        positions, lengths = array("i"), array("i", [run.length for run in runs])
+        width = max(len(run.blocks) for run in runs)
+        tables = array("i", bytes(4 * width * len(runs)))
+        for index, run in enumerate(runs):
+            positions.extend(range(run.position, run.position + run.length))
+            tables[index * width : index * width + len(run.blocks)] = array("i", run.blocks)
+        step = cake_kernels.Step(
+            len(x), len(runs), width, *(numbers.buffer_info()[0] for numbers in (positions, lengths, tables)),
+            cos.data_ptr(), sin.data_ptr(),
+        )  # fmt: skip
+        self._pool.decode(self._shape, self._layers, step, x.data_ptr())
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Successive positions of one session."""
+
+    position: int
+    length: int
+    blocks: Sequence[int]
+
+
+def _passes(rows: Sequence[RowPlan]) -> Iterator[list[_Run]]:
+    """All positions in order, at most PASS_ROWS at a time."""
+    runs, room = list[_Run](), PASS_ROWS
+    for row in rows:
+        position, end = row.position, row.position + row.length
+        while position < end:
+            length = min(room, end - position)
+            runs.append(_Run(position, length, row.table.blocks))
+            position, room = position + length, room - length
+            if room == 0:
+                yield runs
+                runs, room = [], PASS_ROWS
+    if runs:
+        yield runs
 
 
 def make_decoder(config: ModelConfig, blocks: Sequence[Block], cache: KvCache) -> Decoder | None:
@@ -116,11 +148,9 @@ def _layer(block: Block, cache: KvCache) -> cake_kernels.Layer:
 
 @dataclass(slots=True)
 class NativeParts(Parts):
-    """Parts whose blocks are run by a decoder while the batch is small."""
+    """Parts whose blocks are run by a decoder."""
 
     decoder: Decoder = field(kw_only=True)
 
     def through_blocks(self, hidden: Tensor, plan: StepPlan, cache: KvCache) -> Tensor:
-        if len(hidden) <= DECODE_ROWS:
-            return self.decoder(hidden, plan)
-        return Parts.through_blocks(self, hidden, plan, cache)
+        return self.decoder(hidden, plan)
