@@ -27,6 +27,7 @@ from cake_core.runtime import TextRuntime
 from cake_core.testing.cluster import LocalCluster
 from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import write_toy_checkpoint
+from cake_core.transport import Transport
 from cake_core.wire.codec import spec_to_fields
 from cake_core.wire.protocol import Type
 from cake_core.worker.parking import Parking
@@ -49,11 +50,11 @@ Make = Callable[..., FaultyCluster]
 
 
 @pytest.fixture
-def make(checkpoint: Checkpoint) -> Iterator[Make]:
+def make(checkpoint: Checkpoint, transport: Transport) -> Iterator[Make]:
     made: list[FaultyCluster] = []
 
     def cluster(layers: dict[str, list[str]]) -> FaultyCluster:
-        made.append(FaultyCluster(checkpoint, MemoryTransport(), layers, PATIENT))
+        made.append(FaultyCluster(checkpoint, transport, layers, PATIENT))
         return made[-1]
 
     yield cluster
@@ -222,9 +223,9 @@ class Master:
 
 
 @pytest.fixture
-def cluster(checkpoint: Checkpoint) -> Iterator[LocalCluster]:
+def cluster(checkpoint: Checkpoint, transport: Transport) -> Iterator[LocalCluster]:
     options = LoadOptions(kv_tokens=KV)
-    with LocalCluster(Plugins(entries=()), checkpoint, MemoryTransport(), HERE, options, PATIENT) as made:
+    with LocalCluster(Plugins(entries=()), checkpoint, transport, HERE, options, PATIENT) as made:
         yield made
 
 
