@@ -44,8 +44,8 @@ class Incoming:
         self._stream = os.fdopen(os.open(path.with_name(path.name + PART), flags, 0o600), "r+b", buffering=0)
         self._stream.truncate(file.nbytes)
 
-    def put(self, piece: int, digest: bytes, data: memoryview) -> None:
-        """Writes a piece and remembers its hash; the file appears under its name with the last one.
+    def put(self, piece: int, digest: bytes, data: memoryview) -> bool:
+        """Writes a piece and remembers its hash. Whether it was the last one: then `finish` gives the file its name.
 
         Raises CheckpointError for bytes that are not what the hash or the size says; nothing is written then.
         """
@@ -53,25 +53,26 @@ class Incoming:
             raise CheckpointError(f"piece {piece} of {self.file.path} arrived damaged")
         with self._lock:
             if piece not in self._left:
-                return
+                return False
             self._stream.seek(piece * PIECE)
             self._stream.write(data)
             self._journal.put(piece, digest)
             self._left.discard(piece)
-            if not self._left:
-                self._finish()
+            return not self._left
 
     def lacks(self, start: int, stop: int) -> bool:
         """Whether a byte of start .. stop - 1 is not here yet. Without the lock: a set loses an entry in one step, and writing
         to the disk would hold up who asks."""
         return any(piece in self._left for piece in range(start // PIECE, -(-stop // PIECE)))
 
-    def _finish(self) -> None:
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        part = self._path.with_name(self._path.name + PART)
-        part.replace(self._path)
-        self._journal.stamp(self._path.stat())
+    def finish(self) -> None:
+        """Has the file on the disk, under its name, once all of it is here."""
+        with self._lock:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            part = self._path.with_name(self._path.name + PART)
+            part.replace(self._path)
+            self._journal.stamp(self._path.stat())
 
     def close(self) -> None:
         """Lets other processes have it, whole or not."""

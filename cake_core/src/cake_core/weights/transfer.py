@@ -164,7 +164,9 @@ class Transfer:
                 with self._in_flight:
                     digest, data = source.fetch(incoming.file.name, piece)
                     self.received += len(data)
-                    incoming.put(piece, digest, data)
+                    last = incoming.put(piece, digest, data)
+                if last:  # the disk may take its time, and other pieces come meanwhile
+                    incoming.finish()
             except OSError as error:
                 self.cancel(CheckpointError(f"cannot write to the cache {self._store.folder}: {error.strerror or error}"))
             except CakeError as error:
