@@ -67,6 +67,8 @@ int32_t cake_use_isa(const char *name) {
 #if defined(__x86_64__) || defined(_M_X64)
   if (has_avx512() && has_bf16() && use(&cake_ops_avx512, "avx512-bf16", name)) {
     current.matmul_bf16 = cake_matmul_avx512_bf16;
+    current.round_bf16 = cake_round_avx512_bf16;
+    current.bf16_bytes = 2;
     return 0;
   }
   if (has_avx512() && use(&cake_ops_avx512, "avx512", name)) return 0;
@@ -94,13 +96,13 @@ int32_t cake_want(int32_t type) {
 void cake_prepare(const cake_ops *ops, int32_t wants, const float *x, int32_t row, int32_t cols, int32_t column, int32_t count,
                   const activations *a) {
   int64_t start = (int64_t)row * cols + column;
-  if (wants & WANT_BF16) ops->round_bf16(x, count, a->bf16 + start);
+  if (wants & WANT_BF16) ops->round_bf16(x, count, (char *)a->bf16 + start * ops->bf16_bytes);
   if (wants & WANT_UNITS) ops->quantize(x, count, a->units + start / UNIT);
 }
 
 int64_t cake_activation_bytes(int32_t wants, int32_t m, int32_t cols) {
   int64_t values = (int64_t)m * cols, bytes = 0;
-  if (wants & WANT_BF16) bytes += (values * 2 + 63) / 64 * 64;
+  if (wants & WANT_BF16) bytes += (values * cake_current_ops()->bf16_bytes + 63) / 64 * 64;
   if (wants & WANT_UNITS) bytes += (values / UNIT * (int64_t)sizeof(unit_act) + 63) / 64 * 64;
   return bytes;
 }
@@ -108,8 +110,8 @@ int64_t cake_activation_bytes(int32_t wants, int32_t m, int32_t cols) {
 activations cake_activations(int32_t wants, const float *x, int64_t x_stride, int32_t m, int32_t cols, char *memory) {
   activations a = {x, x_stride, NULL, NULL};
   if (wants & WANT_BF16) {
-    a.bf16 = (uint16_t *)memory;
-    memory += ((int64_t)m * cols * 2 + 63) / 64 * 64;
+    a.bf16 = memory;
+    memory += ((int64_t)m * cols * cake_current_ops()->bf16_bytes + 63) / 64 * 64;
   }
   if (wants & WANT_UNITS) a.units = (unit_act *)memory;
   return a;

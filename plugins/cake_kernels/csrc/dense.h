@@ -1,6 +1,6 @@
 /* f32, f16, bf16 and f8 weights, row after row as in the file. Included once an instruction set.
 
-   bf16 weights meet activations rounded to bf16, the others f32 ones; sums are f32. The order of summation does not depend on
+   bf16 weights meet activations rounded to bf16, the others f32 ones; both lie in f32, and so are the sums. The order of summation does not depend on
    the batch. */
 
 #define DENSE_LANES 16
@@ -36,14 +36,13 @@ static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t c
 }
 
 /* nr rows of W by mt rows of x. */
-static INLINE void dense_tile_(const int type, const int nr, const int mt, const cake_matrix *w, int32_t row, const void *x,
+static INLINE void dense_tile_(const int type, const int nr, const int mt, const cake_matrix *w, int32_t row, const float *x,
                                int64_t x_stride, float *y, int64_t y_stride) {
-  const int x_type = type == CAKE_BF16 ? CAKE_BF16 : CAKE_F32;
-  const size_t size = dense_size_(type), x_size = x_type == CAKE_F32 ? 4 : 2;
+  const size_t size = dense_size_(type);
   const char *rows = (const char *)w->data + (size_t)row * (size_t)w->cols * size;
-  vf acc[4][DENSE_ROWS];
+  vf acc[DENSE_W][DENSE_ROWS];
   UNROLL for (int r = 0; r < nr; r++) UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_zero();
-  vf scales[4];
+  vf scales[DENSE_W];
   const int32_t groups = type == CAKE_F8 ? (w->cols + w->group - 1) / w->group : 0;
   const float *scale = (const float *)((const char *)w->data + (size_t)w->rows * (size_t)w->cols) + (int64_t)row * groups;
   int32_t k = 0, full = w->cols / DENSE_LANES * DENSE_LANES, next = 0;
@@ -54,8 +53,9 @@ static INLINE void dense_tile_(const int type, const int nr, const int mt, const
       scale++;
     }
     vf b[DENSE_ROWS];
-    UNROLL for (int m = 0; m < mt; m++) b[m] = widen_type_(x_type, (const char *)x + (size_t)(m * x_stride) * x_size, k);
+    UNROLL for (int m = 0; m < mt; m++) b[m] = f_load(x + m * x_stride + k);
     UNROLL for (int r = 0; r < nr; r++) {
+      if (mt == 1) PREFETCH(rows + (size_t)k * size + AHEAD);
       vf a = widen_type_(type, rows + (size_t)r * (size_t)w->cols * size, k);
       if (type == CAKE_F8) a = f_mul(a, scales[r]);
       UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_fma(a, b[m], acc[r][m]);
@@ -63,7 +63,7 @@ static INLINE void dense_tile_(const int type, const int nr, const int mt, const
   }
   if (k < w->cols) {
     for (int m = 0; m < mt; m++) {
-      vf b = widen_tail_(x_type, (const char *)x + (size_t)(m * x_stride) * x_size, k, w->cols - k);
+      vf b = widen_tail_(CAKE_F32, x + m * x_stride, k, w->cols - k);
       for (int r = 0; r < nr; r++)
         acc[r][m] = f_fma(widen_tail_(type, rows + (size_t)r * (size_t)w->cols * size, k, w->cols - k), b, acc[r][m]);
     }
@@ -74,18 +74,14 @@ static INLINE void dense_tile_(const int type, const int nr, const int mt, const
 static INLINE void dense_type_(const int type, const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end,
                                float *y, int64_t y_stride) {
   const int64_t x_stride = type == CAKE_BF16 ? w->cols : a->f32_stride;
-  const size_t x_size = type == CAKE_BF16 ? 2 : 4;
   if (end > w->rows) end = w->rows;
   for (int32_t first = 0; first < m;) {
     int32_t mt = m - first >= DENSE_ROWS ? DENSE_ROWS : 1;
-    const char *x = (type == CAKE_BF16 ? (const char *)a->bf16 : (const char *)a->f32) + (size_t)(first * x_stride) * x_size;
+    const float *x = (type == CAKE_BF16 ? (const float *)a->bf16 : a->f32) + first * x_stride;
     float *out = y + first * y_stride;
     int32_t row = begin;
-    for (; row + 4 <= end; row += 4) {
-      if (mt == DENSE_ROWS) dense_tile_(type, 4, DENSE_ROWS, w, row, x, x_stride, out, y_stride);
-      else dense_tile_(type, 4, 1, w, row, x, x_stride, out, y_stride);
-    }
-    for (; row < end; row++) {
+    for (; mt > 1 && row + DENSE_W <= end; row += DENSE_W) dense_tile_(type, DENSE_W, DENSE_ROWS, w, row, x, x_stride, out, y_stride);
+    for (; row < end; row++) { /* of one row of x, one stream from memory is faster than several */
       if (mt == DENSE_ROWS) dense_tile_(type, 1, DENSE_ROWS, w, row, x, x_stride, out, y_stride);
       else dense_tile_(type, 1, 1, w, row, x, x_stride, out, y_stride);
     }

@@ -22,7 +22,7 @@ enum { WANT_FLOAT = 1, WANT_BF16 = 2, WANT_UNITS = 4 };
 typedef struct {
   const float *f32;
   int64_t f32_stride;
-  uint16_t *bf16; /* [m, cols] */
+  void *bf16; /* [m, cols]: rounded to bf16, in as many bytes as the product wants */
   unit_act *units; /* [m, cols / UNIT] */
 } activations;
 
@@ -47,7 +47,8 @@ typedef struct {
   void (*matmul_bf16)(const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end, float *y,
                       int64_t y_stride);
   void (*quantize)(const float *x, int32_t n, unit_act *out);
-  void (*round_bf16)(const float *x, int32_t n, uint16_t *out);
+  void (*round_bf16)(const float *x, int32_t n, void *out); /* for matmul_bf16, in `bf16_bytes` each: 2, or 4 as f32 */
+  int32_t bf16_bytes;
   void (*rms_norm)(const float *x, const float *weight, float eps, int32_t n, float *y);
   void (*gate)(const float *gate, const float *up, int32_t activation, int32_t n, float *y);
   void (*store_kv)(const float *x, int32_t type, int32_t n, void *out, float *scale);
@@ -67,6 +68,7 @@ extern const cake_ops cake_ops_avx2;
 extern const cake_ops cake_ops_avx512;
 void cake_matmul_avx512_bf16(const cake_matrix *w, const activations *a, int32_t m, int32_t begin, int32_t end, float *y,
                              int64_t y_stride);
+void cake_round_avx512_bf16(const float *x, int32_t n, void *out);
 #endif
 #if defined(__aarch64__) || defined(_M_ARM64)
 extern const cake_ops cake_ops_neon;

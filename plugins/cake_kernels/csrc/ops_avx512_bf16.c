@@ -35,7 +35,7 @@ void cake_matmul_avx512_bf16(const cake_matrix *w, const activations *a, int32_t
   if (end > w->rows) end = w->rows;
   for (int32_t first = 0; first < m;) {
     int32_t mt = m - first >= 4 ? 4 : 1;
-    const uint16_t *x = a->bf16 + (int64_t)first * cols;
+    const uint16_t *x = (const uint16_t *)a->bf16 + (int64_t)first * cols;
     int32_t row = begin;
     for (; row < end;) {
       int32_t nr = end - row < 4 || mt == 1 ? 1 : 4; /* one stream from memory is faster than four */
@@ -48,4 +48,8 @@ void cake_matmul_avx512_bf16(const cake_matrix *w, const activations *a, int32_t
     }
     first += mt;
   }
+}
+
+void cake_round_avx512_bf16(const float *x, int32_t n, void *out) {
+  for (int32_t i = 0; i < n; i++) ((uint16_t *)out)[i] = float_to_bf16(x[i]);
 }

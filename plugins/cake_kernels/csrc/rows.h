@@ -48,6 +48,11 @@ static void round_bf16_(const float *x, int32_t n, uint16_t *out) {
   for (int32_t i = 0; i < n; i++) out[i] = float_to_bf16(x[i]);
 }
 
+/* The same in f32. */
+static void round_wide_(const float *x, int32_t n, void *out) {
+  for (int32_t i = 0; i < n; i++) ((float *)out)[i] = bf16_to_float(float_to_bf16(x[i]));
+}
+
 static void rms_norm_(const float *x, const float *weight, float eps, int32_t n, float *y) {
   vf acc = f_zero();
   int32_t i = 0;

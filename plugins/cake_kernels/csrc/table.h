@@ -6,4 +6,4 @@
 
 #include "attend.h"
 
-const cake_ops ISA_OPS = {ISA_NAME, matmul_any, dense_BF16, quantize_, round_bf16_, rms_norm_, gate_, store_kv_, attend_, attend_rows_, LANES};
+const cake_ops ISA_OPS = {ISA_NAME, matmul_any, dense_BF16, quantize_, round_wide_, 4, rms_norm_, gate_, store_kv_, attend_, attend_rows_, LANES};

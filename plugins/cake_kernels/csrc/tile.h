@@ -77,9 +77,21 @@ static INLINE const uint8_t *unit_scales_(const int type, const uint8_t *p, scal
   }
 }
 
-static INLINE vi dots_(const int type, vi acc, vw w, const int8_t *a) {
-  return signed_codes_(type) ? i_dots(acc, w, a) : i_dotu(acc, w, a);
+static INLINE int bits_(const int type) {
+  switch (type) {
+    case CAKE_Q5_0:
+    case CAKE_Q5_1:
+    case CAKE_Q5_K: return 5;
+    case CAKE_Q6_K: return 6;
+    default: return 4;
+  }
 }
+
+/* Where an instruction set has no product of four bytes that sums in 32 bit, it may sum in less as long as that fits. */
+#ifndef PARTIAL_SUMS
+#define PARTIAL_SUMS(ROWS)
+#define DOT_PARTIAL(to, m, w, q, j, bits) *(to) = i_dotu(*(to), w, q)
+#endif
 
 /* One unit for mt rows of x, whose units lie `stride` apart. */
 static INLINE void unit_(const int type, const int mt, const uint8_t *codes, const scales_ *s, const unit_act *a, int64_t stride,
@@ -91,12 +103,14 @@ static INLINE void unit_(const int type, const int mt, const uint8_t *codes, con
     acc[m] = i_set(type == CAKE_Q6_K ? -offset * sums[0] : -offset * (sums[0] + sums[1]));
     second[m] = i_set(-offset * sums[1]);
   }
+  PARTIAL_SUMS(TILE_ROWS);
   UNROLL for (int j = 0; j < 8; j++) {
     vw w = codes_(type, codes, j);
     UNROLL for (int m = 0; m < mt; m++) {
       const int8_t *q = a[m * stride].q + 4 * j;
-      if (type == CAKE_Q6_K && j >= 4) second[m] = dots_(type, second[m], w, q);
-      else acc[m] = dots_(type, acc[m], w, q);
+      vi *to = type == CAKE_Q6_K && j >= 4 ? second + m : acc + m;
+      if (signed_codes_(type)) *to = i_dots(*to, w, q);
+      else DOT_PARTIAL(to, m, w, q, j, bits_(type));
     }
   }
   UNROLL for (int m = 0; m < mt; m++) {
@@ -151,6 +165,8 @@ static INLINE void matmul_type_(const int type, const cake_matrix *w, const unit
       switch (mt) {
 #if TILE_ROWS >= 8
         case 8: tile_(type, 8, group, l, units, x, out, y_stride, rows); break;
+#endif
+#if TILE_ROWS >= 4
         case 4: tile_(type, 4, group, l, units, x, out, y_stride, rows); break;
 #endif
 #if TILE_ROWS >= 2

@@ -5,8 +5,9 @@
 
 #define ISA_NAME "avx2"
 #define ISA_OPS cake_ops_avx2
-#define TILE_ROWS 2
+#define TILE_ROWS 4
 #define DENSE_ROWS 2
+#define DENSE_W 3
 #define ATTEND_VECTORS 1
 #define S8_BIAS 0
 
@@ -40,14 +41,27 @@ static INLINE vi i_u8(const uint8_t *p) {
 static INLINE vi i_mul(vi x, vi y) { BOTH(vi, _mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)); }
 static INLINE vi i_add(vi x, vi y) { BOTH(vi, _mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
 static INLINE __m256i four_(const int8_t *a) { int32_t four; memcpy(&four, a, 4); return _mm256_set1_epi32(four); }
-/* Pairs are summed in 16 bit: 63 * 127 * 2, and 128 * 127 * 2 in the signed case, both fit. */
+/* Pairs are summed in 16 bit: 128 * 127 * 2 fits. */
 static INLINE __m256i dot_(__m256i acc, __m256i u, __m256i s) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 }
-static INLINE vi i_dotu(vi acc, vw w, const int8_t *a) {
-  __m256i s = four_(a);
-  BOTH(vi, dot_(acc.a, w.a, s), dot_(acc.b, w.b, s));
+/* Pairs of 8, 4 or 2 vectors of codes in 4, 5 or 6 bit are summed in 16 bit, which they fit: 15 * 127 * 16, 31 * 127 * 8,
+   63 * 127 * 4. */
+static INLINE vi h_dot(vi acc, int first, vw w, const int8_t *a) {
+  __m256i s = four_(a), x = _mm256_maddubs_epi16(w.a, s), y = _mm256_maddubs_epi16(w.b, s);
+  BOTH(vi, first ? x : _mm256_add_epi16(acc.a, x), first ? y : _mm256_add_epi16(acc.b, y));
 }
+static INLINE vi i_addh(vi acc, vi h) {
+  const __m256i one = _mm256_set1_epi16(1);
+  BOTH(vi, _mm256_add_epi32(acc.a, _mm256_madd_epi16(h.a, one)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(h.b, one)));
+}
+#define PARTIAL_SUMS(ROWS) vi partial[ROWS] = {{_mm256_setzero_si256(), _mm256_setzero_si256()}}
+#define DOT_PARTIAL(to, m, w, q, j, bits)                                            \
+  do {                                                                               \
+    const int each = 8 >> ((bits) - 4);                                              \
+    partial[m] = h_dot(partial[m], (j) % each == 0, w, q);                           \
+    if ((j) % each == each - 1) *(to) = i_addh(*(to), partial[m]);                   \
+  } while (0)
 static INLINE vi i_dots(vi acc, vw w, const int8_t *a) {
   __m256i s = four_(a);
   BOTH(vi, dot_(acc.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(s, w.a)),

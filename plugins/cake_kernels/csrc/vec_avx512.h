@@ -7,6 +7,7 @@
 #define ISA_OPS cake_ops_avx512
 #define TILE_ROWS 8
 #define DENSE_ROWS 4
+#define DENSE_W 4
 #define ATTEND_VECTORS 2
 #define S8_BIAS 128 /* vpdpbusd wants an unsigned side: the sign bit is flipped */
 

@@ -8,6 +8,7 @@
 #define ISA_OPS cake_ops_scalar
 #define TILE_ROWS 1  /* rows of x that a pass over quantised weights serves */
 #define DENSE_ROWS 1 /* the same for f32, f16 and bf16 weights */
+#define DENSE_W 4        /* rows of such weights at a time */
 #define ATTEND_VECTORS 1 /* vectors of queries that attend together */
 #define S8_BIAS 0    /* what i_dots adds to each signed weight */
 
