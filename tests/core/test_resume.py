@@ -191,6 +191,25 @@ def test_what_nobody_comes_back_for_is_closed(make: Make) -> None:
     cluster.saboteur.heal()
 
 
+def test_no_prompt_starts_from_a_prefix_that_is_gone(checkpoint: Checkpoint, make: Make) -> None:
+    """A link that fell and came back between two requests, while nobody looked."""
+    cluster = make(STAGES[2])
+    runtime = cluster.open_text(rejoin=0.2)
+    request = TextRequest(prompt_of(60), SamplingParams(temperature=0.0), max_tokens=4, ignore_eos=True)
+    expected = plain_loop(checkpoint, request.prompt, request.sampling, 4)
+    assert ids(runtime, request) == expected
+    wait_for(lambda: runtime.engine.stats().prefixes == 1)
+    former = runtime._nodes["w1"].link()
+    runtime._nodes._listeners.clear()  # or the engine may be quick enough to see it away
+    former.channel.abort()
+    wait_for(lambda: runtime.missing() is None and runtime._nodes["w1"].link() is not former)
+    wait_for(lambda: all(worker.parked == 0 for worker in cluster.workers.values()))
+    for hit in (False, True):
+        before = work(cluster)["w1"]
+        assert ids(runtime, request) == expected
+        assert (work(cluster)["w1"] - before < 60) is hit
+
+
 # The worker's side
 
 HERE = {"w0": ["model.embed_tokens", "model.layers.0-3", "model.norm", "lm_head"]}

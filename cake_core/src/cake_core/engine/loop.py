@@ -106,8 +106,9 @@ class Loop:
 
     def _fill(self) -> None:
         """Launches batches until enough are in flight or nothing can go."""
-        if self._watch is not None and self._watch.draining:
-            self._scheduler.forget_prefixes()  # or the node would wait for sessions that nobody uses
+        if self._watch is not None and (self._watch.draining or not self._pipeline.stands):
+            # A node that drains would wait for sessions that nobody uses, and one that was cut off may not have them any more.
+            self._scheduler.forget_prefixes()
         self._close_sessions()
         if not self._ready():
             return

@@ -46,6 +46,11 @@ class Pipeline:
         """Whether a stage that keeps a cache is on a CUDA device."""
         return any(memory.kv_tokens and memory.device.startswith("cuda") for memory in self.memory())
 
+    @property
+    def stands(self) -> bool:
+        """Whether batches can still go the way they went last."""
+        return self._route is not None and self._route.up
+
     def route(self) -> Route:
         """The way that batches go now. Raises NodeError when a node has no link."""
         if self._route is None or not self._route.up:
