@@ -3,7 +3,8 @@
     python benchmarks/cluster_cpu.py                                             SmolLM2 on two workers
     python benchmarks/cluster_cpu.py --model random:llama-3.2-1b --quantize int8
 
-Both sides take turns at the same request. The workers hold all layers; the master, this process, only carries.
+Both sides take turns at the same request. The workers hold all layers; the master, this process, only carries. "Computing" is
+what all stages together say that they computed in a whole turn, prompt included, and "else" the rest of it, for each token.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from dataclasses import replace
 
 from nodes import workers
 
-from cake_core.engine.text import TextEngine
 from cake_core.events import TokenEvent
 from cake_core.model import LoadOptions
 from cake_core.models import packaged_default
 from cake_core.plugins import Plugins
 from cake_core.requests import SamplingParams, TextRequest
-from cake_core.runtime import RunSpec, open_text
+from cake_core.runtime import RunSpec, TextRuntime, open_text
 from cake_core.topology import Topology
 
 PLUGINS = Plugins()
@@ -36,13 +36,19 @@ def cut(layers: int, nodes: int) -> dict[str, list[str]]:
     return found
 
 
-def one_turn(engine: TextEngine, prompt: int, tokens: int, salt: int) -> tuple[float, float]:
-    """Seconds to the first token, and a token after it."""
+def one_turn(runtime: TextRuntime, prompt: int, tokens: int, salt: int) -> tuple[float, float, float, float]:
+    """Seconds to the first token and a token after it; of the whole turn, for each token, those of stages and the others."""
     ids = tuple((37 * i + 101 * salt) % 400 + 100 for i in range(prompt))
     request = TextRequest(ids, SamplingParams(temperature=0.0), tokens, ignore_eos=True)
-    began = time.perf_counter()
-    times = [time.perf_counter() for event in engine.generate(request) if isinstance(event, TokenEvent)]
-    return times[0] - began, (times[-1] - times[0]) / (len(times) - 1)
+    before, began = computed(runtime), time.perf_counter()
+    times = [time.perf_counter() for event in runtime.engine.generate(request) if isinstance(event, TokenEvent)]
+    busy = (computed(runtime) - before) / len(times)
+    return times[0] - began, (times[-1] - times[0]) / (len(times) - 1), busy, (times[-1] - began) / len(times) - busy
+
+
+def computed(runtime: TextRuntime) -> float:
+    """Seconds that all stages together have computed."""
+    return sum(count.seconds for _, count, _ in runtime.parts(fresh=True))
 
 
 def main() -> None:
@@ -63,20 +69,23 @@ def main() -> None:
     alone = open_text(PLUGINS, RunSpec(checkpoint, Topology(), options))
     with workers(PLUGINS, model, cut(layers, given.nodes), flags) as spec:
         together = open_text(PLUGINS, replace(spec, options=options))
-        sides = {"one process": alone.engine, f"{given.nodes} workers": together.engine}
-        turns = {side: [one_turn(engine, given.prompt, given.tokens, 0)] for side, engine in sides.items()}
+        sides = {"one process": alone, f"{given.nodes} workers": together}
+        turns = {side: [one_turn(runtime, given.prompt, given.tokens, 0)] for side, runtime in sides.items()}
         for salt in range(1, given.rounds + 1):
-            for side, engine in sides.items():
-                turns[side].append(one_turn(engine, given.prompt, given.tokens, salt))
+            for side, runtime in sides.items():
+                turns[side].append(one_turn(runtime, given.prompt, given.tokens, salt))
         together.close()
     alone.close()
     print(f"{info.name}, prompt {given.prompt}, {given.tokens} tokens, {given.rounds} rounds")
-    each = {side: statistics.median(token for _, token in found[1:]) for side, found in turns.items()}
-    first = {side: statistics.median(first for first, _ in found[1:]) for side, found in turns.items()}
-    for side in sides:
-        rate = f"a token {1e3 * each[side]:7.3f} ms   {1 / each[side]:6.1f} tokens/s"
-        print(f"{side:12} first token {1e3 * first[side]:8.1f} ms   {rate}")
-    one, many = each.values()
+    each = []
+    for side, found in turns.items():
+        first, token, busy, other = (statistics.median(column) for column in zip(*found[1:], strict=True))
+        rate = f"a token {1e3 * token:7.3f} ms   {1 / token:6.1f} tokens/s"
+        print(
+            f"{side:12} first token {1e3 * first:8.1f} ms   {rate}   computing {1e3 * busy:.3f} ms, else {1e3 * other:.3f} ms"
+        )
+        each.append(token)
+    one, many = each
     print(f"kept {100 * one / many:.1f} %, {1e3 * (many - one):.3f} ms a token more")
 
 
