@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cake_core import checkpoint as checkpoints
 from cake_core.checkpoint import SafetensorsCheckpoint, sample_bytes
 from cake_core.errors import CheckpointError
 from cake_core.formats.safetensors import read_header
@@ -164,19 +163,3 @@ def test_a_file_that_is_gone_is_named(tmp_path):
         checkpoint.fingerprint(["lm_head.bias"])
     with pytest.raises(CheckpointError, match="cannot read"):
         read_header(tensor.file)
-
-
-def test_a_large_tensor_is_read_by_several_threads_and_a_cut_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "READ_BYTES", 1000)
-    data = bytes(range(251)) * 40
-    file = tmp_path / "m.safetensors"
-    write_safetensors(file, {"before": ("U8", (3,), b"abc"), "t": ("U8", (len(data),), data)})
-    checkpoint = SafetensorsCheckpoint(tmp_path)
-    tensor = checkpoint.tensors["t"]
-    for start, stop in ((0, len(data)), (1, len(data)), (7, 1007), (7, 1008), (len(data), len(data))):
-        into = bytearray(stop - start)
-        checkpoint.read_into(tensor, start, memoryview(into))
-        assert into == data[start:stop]
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="ends within t"):
-        checkpoint.read_into(tensor, 0, memoryview(bytearray(len(data))))

@@ -10,8 +10,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +83,13 @@ class Checkpoint(ABC):
         if self.wait is not None:
             self.wait(tensor.file, tensor.offset + start, tensor.offset + start + len(into))
         try:
-            fill(into, tensor.file, tensor.offset + start)
-        except EOFError:
-            raise CheckpointError(f"{tensor.file} ends within {tensor.name}; download it again") from None
+            with tensor.file.open("rb", buffering=0) as file:
+                file.seek(tensor.offset + start)
+                while into:
+                    count = file.readinto(into)
+                    if not count:
+                        raise CheckpointError(f"{tensor.file} ends within {tensor.name}; download it again")
+                    into = into[count:]
         except OSError as error:
             raise CheckpointError(f"cannot read {tensor.file}: {error.strerror}; check that the file is still there") from error
 
@@ -102,35 +104,6 @@ class Checkpoint(ABC):
             digest.update(f"{name}|{tensor.dtype}|{tensor.shape}|{tensor.nbytes}".encode())
             digest.update(sample_bytes(tensor))
         return digest.hexdigest()
-
-
-READERS = 4
-READ_BYTES = 8 * 1024 * 1024
-"""A reader's share at a time."""
-
-
-def fill(into: memoryview, path: Path, offset: int) -> None:
-    """Fills `into` with the bytes of a file from `offset` on. Raises EOFError when they are fewer, OSError.
-
-    Much is read by several threads: most of the time of a copy from the page cache goes to the system giving out the memory
-    it is copied into, page by page, and a disk serves several readers sooner than one."""
-    pieces = [(into[at : at + READ_BYTES], offset + at) for at in range(0, len(into), READ_BYTES)]
-    with ExitStack() as stack:
-        each: Callable[..., Iterable[None]] = map
-        if len(pieces) > 1:
-            each = stack.enter_context(ThreadPoolExecutor(min(READERS, len(pieces)), "cake-read")).map
-        for _ in each(lambda piece: _fill(piece[0], path, piece[1]), pieces):
-            continue
-
-
-def _fill(into: memoryview, path: Path, offset: int) -> None:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while into:
-            count = file.readinto(into)
-            if not count:
-                raise EOFError(path)
-            into = into[count:]
 
 
 SAMPLES = 8
