@@ -11,6 +11,9 @@ from cake_core.cli.main import make_cli
 from cake_core.plugins import Plugins
 from cake_core.topology import load_topology
 
+ROOM = 5000
+"""Bytes of which 92 % hold more than half of the toy model with its KV cache, and not all of it."""
+
 
 @pytest.fixture
 def profiles(tmp_path):
@@ -69,3 +72,30 @@ def test_writing_needs_a_plan(tmp_path):
     done = plan("--write", tmp_path / "t.yml")
     assert done.exit_code == 2
     assert "--write needs a plan" in done.stderr
+
+
+def test_the_plan_makes_room_for_the_kv_cache_that_a_run_would_have(profiles):
+    def needed(*words: object) -> int:
+        return sum(stage["kv"] for stage in json.loads(run("--profiles", profiles, "--json", *words))["stages"])
+
+    assert needed("--context", 64, "--kv-tokens", 640) == needed("--kv-tokens", 640) == 10 * needed("--context", 64) > 0
+
+
+@pytest.mark.parametrize(("host", "like"), [("phone:10128", "chain"), (None, "star")])
+def test_without_a_route_a_chain_is_planned_where_workers_can_be_dialled(tmp_path, host, like):
+    """Neither of the two workers has room for the whole model, the master for none of it."""
+    device = {"device": "cpu", "memory_free": 0, "bandwidth": 1e9}
+    nodes = [{"name": "tower", "host": "tower:10128"}, {"name": "phone", **({"host": host} if host else {})}]
+    whole = {
+        "master": {"name": "master", "devices": [{**device, "memory_free": 1}]},
+        "nodes": [{**node, "devices": [{**device, "memory_free": ROOM}]} for node in nodes],
+        "links": [{"between": ["master", node["name"]], "round_trip": 1e-2, "rate": 1e8} for node in nodes],
+    }
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(whole))
+
+    def seconds(*words: object) -> float:
+        return float(json.loads(run("--profiles", path, "--context", 64, "--json", *words))["prediction"]["seconds_per_token"])
+
+    assert seconds() == seconds("--route", like)
+    assert seconds("--route", "chain") < seconds("--route", "star")

@@ -242,7 +242,7 @@ def test_a_chain_is_planned_where_every_worker_can_be_dialled(model: Checkpoint)
             for i, n in enumerate("abc")
         ]
         ask = PlanRequest(context=info.context_length)
-        planned = gathering._planned(info, gathering.cluster_profile(small, found), ask, route)
+        planned = gathering.plan_for_route(info, gathering.cluster_profile(small, found), ask, route)
         assert len(planned.topology.nodes) == 3
         return planned.prediction.seconds_per_token
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -14,6 +14,7 @@ from cake_core.cli.options import ModelFlags
 from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cake_core.cluster.chain import Way
     from cake_core.model import Backend, ModelInfo
     from cake_core.planners import Plan
     from cake_core.profiles import ClusterProfile
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def make_plan(flags: ModelFlags, profiles: Path | None, streams: int, prompt: int) -> tuple[ModelInfo, Plan]:
-    """Plans for the profiles of a file, or for this machine and the workers that are found."""
-    from cake_core.cluster.gathering import CONTEXT
-    from cake_core.planners import PlanRequest, plan
+    """Plans as `cake run` would, for the profiles of a file, or for this machine and the workers that are found."""
+    from cake_core.cluster.gathering import plan_for_route, positions_of
+    from cake_core.planners import PlanRequest
 
     plugins = current_app().plugins
     checkpoint, options, topology = flags.checkpoint(plugins), flags.load_options(), flags.load_topology()
@@ -31,14 +32,13 @@ def make_plan(flags: ModelFlags, profiles: Path | None, streams: int, prompt: in
     info = backend.describe(checkpoint, options)
     cluster = read_profiles(profiles) if profiles is not None else _measured(flags, backend, topology)
     ask = PlanRequest(
-        context=options.context or min(info.context_length, CONTEXT),
+        context=positions_of(info, options),
         streams=streams,
         objective=flags.plan_for,
         topology=topology,
         prompt=prompt,
-        chain=flags.route == "chain",
     )
-    return info, plan(info, cluster, ask)
+    return info, plan_for_route(info, cluster, ask, cast("Way", flags.route))
 
 
 def read_profiles(path: Path) -> ClusterProfile:

@@ -10,6 +10,7 @@ import click
 
 from cake_core.cli.app import current_app
 from cake_core.cli.console import human_bytes, note, plural, show_json, show_table
+from cake_core.cli.option_groups import ROUTES
 from cake_core.cli.options import ModelFlags, model_options
 from cake_core.cli.sections import SectionedCommand, option
 from cake_core.errors import ConfigError
@@ -55,7 +56,7 @@ PLAN = "Plan"
 @option(PLAN, "--workers", default="none", show_default=True, metavar="auto|none|H:P,...", help="Plan for workers found there.")
 @option(PLAN, "--profiles", type=click.Path(path_type=Path), metavar="FILE", help="Plan for the machines in a JSON file.")
 @option(PLAN, "--plan-for", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="The aim.")
-@option(PLAN, "--route", type=click.Choice(["star", "chain"]), default="star", show_default=True, help="How batches will go.")
+@option(PLAN, "--route", type=click.Choice(ROUTES), default="auto", show_default=True, help="How batches will go.")
 @option(PLAN, "--streams", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
 @option(PLAN, "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="To predict for.")
 @option(PLAN, "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a topology file.")

@@ -163,19 +163,24 @@ def gather(
     whole = Topology(nodes, topology.source)
     cluster = cluster_profile(master, workers)
     memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
-    positions = options.kv_tokens or options.context or min(info.context_length, CONTEXT)
+    positions = positions_of(info, options)
     if wishes.spread:
         shared = spread(info, whole, memory, positions)
         return Gathered(shared, kv_tokens=_promise(info, shared, memory, positions))
     ask = PlanRequest(context=positions, objective=wishes.plan_for, topology=topology)
-    planned = _planned(info, cluster, ask, wishes.route)
+    planned = plan_for_route(info, cluster, ask, wishes.route)
     used = {node.name for node in planned.topology.nodes}
     spares = tuple(Node(worker.name, worker.address, ()) for worker in workers if worker.name not in used)
     promise = _promise(info, planned.topology, memory, planned.kv_tokens)
     return Gathered(planned.topology, planned.left_out, planned.advice, spares, promise)
 
 
-def _planned(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest, route: Way) -> Plan:
+def positions_of(info: ModelInfo, options: LoadOptions) -> int:
+    """Positions of KV cache to plan for."""
+    return options.kv_tokens or options.context or min(info.context_length, CONTEXT)
+
+
+def plan_for_route(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest, route: Way) -> Plan:
     """Plans for the way that batches will really go: a worker hands over only to one with an address."""
     if route != "star":
         planned = plan(info, cluster, replace(ask, chain=True))
