@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,37 @@ transfer.add(Slow(supply, "a"))
 transfer.add(Slow(supply, "b"))
 transfer.run()
 """
+
+
+def test_a_source_that_comes_too_late_is_not_asked(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a transfer that is over waits for its threads: it would find some that have not started yet."""
+    files, supply = offer(a=blob("a"))
+    late = Sender(supply, "late")
+    transfer = Transfer(store, files)
+    transfer.add(Sender(supply))
+    ended, added = threading.Event(), threading.Event()
+    join, start = threading.Thread.join, threading.Thread.start
+
+    def slow_join(thread: threading.Thread, timeout: float | None = None) -> None:
+        join(thread, timeout)
+        if thread.name == "cake-fetch":
+            ended.set()
+            added.wait(1.0)
+
+    def slow_start(thread: threading.Thread) -> None:
+        if ended.is_set():
+            added.set()
+            time.sleep(0.2)
+        start(thread)
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(threading.Thread, "join", slow_join)
+        monkeypatch.setattr(threading.Thread, "start", slow_start)
+        run = pool.submit(transfer.run)
+        assert ended.wait(20.0)
+        transfer.add(late)
+        assert run.result(20.0) == SIZE
+    assert not late.sent
 
 
 def test_a_killed_transfer_goes_on_where_it_was(store: Store) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from cake_core.errors import ChannelClosed, DeadlineExceeded
+from cake_core.errors import ChannelClosed, DeadlineExceeded, TransportError
 from cake_core.security import make_identity
 from cake_core.transport import Address
 from cake_transport_quic import library
 from cake_transport_quic.channel import QuicChannel
-from cake_transport_quic.connection import Connection
+from cake_transport_quic.connection import LINGER, Connection
 from cake_transport_quic.transport import QuicTransport
 
 
@@ -40,6 +40,27 @@ def test_endpoints_end_with_their_last_connection() -> None:
     while endpoints() > before:
         assert time.monotonic() < until, "an endpoint's thread and sockets outlive its connections"
         time.sleep(0.05)
+
+
+def test_a_peer_that_dials_again_does_not_keep_a_closed_listener() -> None:
+    """The address is free for the next process as soon as the peer has noticed, however often it tries meanwhile."""
+    before = endpoints()
+    identity, transport = make_identity(), QuicTransport()
+    listener = transport.listen(Address("127.0.0.1", 0, "quic"), identity)
+    dialled = transport.dial(listener.address, identity, 10.0)
+    dialled.send(b"m")
+    accepted = listener.accept(10.0)
+    listener.close()
+    accepted.close()
+    with pytest.raises(ChannelClosed):
+        dialled.receive(lambda header, length: memoryview(bytearray(length)), 10.0)
+    dialled.close()
+    until = time.monotonic() + LINGER / 2
+    while time.monotonic() < until and endpoints() > before:
+        with contextlib.suppress(TransportError):
+            transport.dial(listener.address, identity, 0.1).close()
+        time.sleep(0.02)
+    assert endpoints() == before
 
 
 class Pair:

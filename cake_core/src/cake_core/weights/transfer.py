@@ -152,6 +152,8 @@ class Transfer:
         self.report(self._done, self._total)
 
     def _employ(self, source: Source) -> None:
+        if self._error is not None:  # it is over: `run` waits for the threads it knows
+            return
         slots = [threading.Thread(target=self._serve, args=(source,), name="cake-fetch", daemon=True) for _ in range(SLOTS)]
         self._threads.extend(slots)
         for thread in slots:

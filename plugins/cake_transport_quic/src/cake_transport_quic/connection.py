@@ -50,6 +50,7 @@ class Connection:
         self._idle_since: float | None = None
         self._ping_at = 0.0
         self._ending = False
+        self._leaving = False
 
     @property
     def established(self) -> bool:
@@ -84,6 +85,11 @@ class Connection:
         if not self._established or self._ending:
             return now + KEEPALIVE
         return self._ping_at if self._channels else (now if self._idle_since is None else self._idle_since) + LINGER
+
+    def leave(self) -> None:
+        """Takes no more channels. A peer that opens one has heard that the others ended, and hears that this is the end: it
+        would try again over this connection otherwise, and keep it from ever being idle."""
+        self._leaving = True
 
     def fail(self, reason: str) -> None:
         self.failure = self.failure or reason
@@ -125,6 +131,9 @@ class Connection:
         if channel is None:
             if number in self._half_closed or self._on_channel is None or not self._established:
                 return
+            if self._leaving:
+                self._refuse(number)
+                return
             channel = self._channel(number, self._binding)
             self._on_channel(channel)
         try:
@@ -137,6 +146,13 @@ class Connection:
             channel.finished(f"{self.peer} closed the connection")
             if channel.closed:
                 self._forget(number)
+
+    def _refuse(self, number: int) -> None:
+        self._half_closed.add(number)
+        library.stop(self.quic, number)
+        if not self._channels and not self._ending:
+            self._ending = True
+            self.quic.close()
 
     def _channel(self, number: int, binding: bytes | None) -> QuicChannel:
         def post(data: bytes, end: str) -> None:

@@ -78,6 +78,8 @@ class Endpoint:
 
     def _close(self) -> None:
         self._closing = True
+        for connection in self._connections:
+            connection.leave()
 
     def _serve(self) -> None:
         try:
