@@ -73,11 +73,11 @@ class Endpoint:
         self._connections.append(connection)
 
     def close(self) -> None:
-        """No new connections; the endpoint ends with the last it has."""
-        self.run(self._close)
-
-    def _close(self) -> None:
+        """No new connections from this moment; the endpoint ends with the last it has. From any thread."""
         self._closing = True
+        self.run(self._leave)
+
+    def _leave(self) -> None:
         for connection in self._connections:
             connection.leave()
 
