@@ -94,8 +94,10 @@ def test_at_most_the_step_under_way_is_computed_again(stages: int, route: str, c
         assert ids(runtime, REQUEST) == expected
         assert cluster.saboteur.happened.is_set()
         again = {name: positions - WORK for name, positions in done_since(cluster, before).items()}
-        step = 1 if index else PROMPT
-        assert set(again.values()) <= {0, 1, step}, f"{kind} {node} at {index}, {'answering' if answers else 'asked'}: {again}"
+        # A worker of a chain has three links, which may be missed one after another, each with a step under way.
+        losses = 1 if route == "star" else 3
+        allowed = {n * step for n in range(losses + 1) for step in (1, 1 if index else PROMPT)}
+        assert set(again.values()) <= allowed, f"{kind} {node} at {index}, {'answering' if answers else 'asked'}: {again}"
         check_nothing_is_left(cluster, runtime)
         runtime.close()
 
@@ -127,7 +129,7 @@ def test_a_lost_hop_costs_no_more(checkpoint: Checkpoint, make: Make) -> None:
                 cut_hop(cluster, "w1")
     assert tokens == plain_loop(checkpoint, REQUEST.prompt, REQUEST.sampling, TOKENS)
     assert "w0 -> w1, w2 -> w3" in str(runtime.pipeline.route())
-    assert set(work(cluster).values()) <= {WORK, WORK + 1}
+    assert set(work(cluster).values()) <= {WORK, WORK + 1, WORK + 2}  # both ends may tell of it, one after the other
     check_nothing_is_left(cluster, runtime)
 
 

@@ -74,6 +74,7 @@ def test_the_same_ids_with_no_position_computed_twice(kind: str, route: str, clu
         assert answer(runtime, request, node) == expected
         assert runtime._nodes[node].link() is not former
         once = len(prompt) + len(expected) - 1
-        # Once more at most the step under way.
-        assert all(once <= after - start <= once + 1 for after, start in zip(work(cluster), before, strict=True))
+        # Once more at most the step under way, and on a chain whose links are missed one after another one for each.
+        most = once + (1 if route == "star" else 3)
+        assert all(once <= after - start <= most for after, start in zip(work(cluster), before, strict=True))
     runtime.close()
