@@ -20,6 +20,7 @@ from cake_core.checkpoint import Checkpoint
 from cake_core.engine.scheduler import Limits
 from cake_core.errors import NodeError
 from cake_core.events import Failed, Finished, TextEvent, TokenEvent
+from cake_core.links.link import LinkTiming
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import TextRuntime
 from cake_core.testing.memory import MemoryTransport
@@ -29,6 +30,8 @@ TOKENS = 24
 Check = Callable[[Checkpoint, int, str, list[int], int], None]
 REQUEST = TextRequest(prompt_of(9), SamplingParams(seed=5, temperature=0.9), max_tokens=TOKENS, ignore_eos=True)
 STAGES = {2: cut(2, whole=True), 3: cut(1, 3)}
+CERTAIN = LinkTiming(heartbeat=0.1, dead=1.0, request=10.0)
+"""Nobody is given up, for good, because the machine is busy."""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,7 @@ def check_recovery(checkpoint: Checkpoint, stages: int, route: str, expected: li
 
 
 def check_end(checkpoint: Checkpoint, stages: int, route: str, expected: list[int], every: int) -> None:
-    with FaultyCluster(checkpoint, MemoryTransport(), STAGES[stages]) as cluster:
+    with FaultyCluster(checkpoint, MemoryTransport(), STAGES[stages], CERTAIN) as cluster:
         runtime = opened(cluster, route, rejoin=0.2)
         for index, kind, node, answers in sample(cluster, ("killed", "frozen"), every):
             cluster.saboteur.arm(Fault(kind, node, index, answers, stays=True))
