@@ -48,10 +48,12 @@ class Farm:
         return self.transport.dial(address, None, timeout)
 
     def start(self, name: str, home: str = "", memory: int = 1 << 30) -> Worker:
+        """A worker, at the address of the one of this name that was ended."""
         means = Means(Store(self.folder / (home or name)))
         worker = Worker(self.plugins, BareSpec(name, means), FAST, self.dial)
         worker.profile = lambda _backend: NodeProfile(name, (DeviceProfile("cpu", memory, 1e10),))
-        listener = self.transport.listen(Address(name, 0, "memory"), None)
+        former = self._listeners.get(name)
+        listener = self.transport.listen(Address(name, 0, "memory") if former is None else former.address, None)
         thread = threading.Thread(target=worker.serve, args=(OpenGate(listener),), daemon=True)
         thread.start()
         self._listeners[name], self.workers[name] = listener, worker

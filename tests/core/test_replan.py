@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.core.farm import Farm, describe
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.cluster import replan
 from cake_core.cluster.replan import give_away
+from cake_core.engine.speculation import Speculation
 from cake_core.errors import CapacityError, NodeLost
 from cake_core.events import TokenEvent
 from cake_core.profiles import DeviceProfile, NodeProfile
@@ -39,13 +42,21 @@ def model(tmp_path: Path) -> Checkpoint:
     return write_toy_checkpoint(tmp_path / "model", layers=6, seconds_per_batch=0.01)
 
 
-def open_cluster(farm: Farm, model: Checkpoint, spares: tuple[str, ...] = (), profile: NodeProfile = FULL) -> TextRuntime:
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost nodes are taken for lost sooner, and requests wait for longer than any of this takes on a busy machine."""
+    monkeypatch.setattr(replan, "GRACE", 0.2)
+
+
+def open_cluster(
+    farm: Farm, model: Checkpoint, spares: tuple[str, ...] = (), profile: NodeProfile = FULL, **changes: Any
+) -> TextRuntime:
     nodes = (Node("a", farm.address("a"), FRONT), Node("b", farm.address("b"), BACK))
     spec = RunSpec(
-        model, Topology(nodes), dial=farm.dial, timing=FAST, wait=5, rejoin=2.0, on_loss="replan",
+        model, Topology(nodes), dial=farm.dial, timing=FAST, wait=5, rejoin=60.0, on_loss="replan",
         spares=tuple(Node(name, farm.address(name), ()) for name in spares), profile=lambda backend: profile,
     )  # fmt: skip
-    return open_text(farm.plugins, spec)
+    return open_text(farm.plugins, replace(spec, **changes))
 
 
 def tokens(runtime: TextRuntime, farm: Farm | None = None, at: int = -1, lose: str = "") -> list[int]:
@@ -111,10 +122,25 @@ def test_the_master_takes_over(farm: Farm, model: Checkpoint, alone: list[int]) 
         runtime.close()
 
 
+def test_a_draft_model_is_not_taken_for_a_part_of_the_model(farm: Farm, model: Checkpoint, alone: list[int]) -> None:
+    """It has the same layers, and these are loaded."""
+    farm.start("a", memory=10)
+    farm.start("b")
+    runtime = open_cluster(farm, model, profile=DESK, draft=model, speculation=Speculation(2, everywhere=True))
+    try:
+        assert tokens(runtime, farm, 5, "b") == alone
+        assert [span.node for span in runtime.placement.spans] == [MASTER, "a", MASTER]
+        sizes = [memory.weights for memory in runtime.memory()]
+        assert len(sizes) == 4, "the beginning, what came, the end, the draft model"
+        assert sizes[-1] == max(sizes)
+    finally:
+        runtime.close()
+
+
 def test_without_memory_to_spare_it_waits_and_then_says_so(farm: Farm, model: Checkpoint) -> None:
     farm.start("a", memory=10)
     farm.start("b")
-    runtime = open_cluster(farm, model)
+    runtime = open_cluster(farm, model, rejoin=1.0)
     try:
         with pytest.raises(NodeLost, match="b"):
             tokens(runtime, farm, 5, "b")

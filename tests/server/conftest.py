@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import httpx
@@ -125,9 +125,7 @@ def scripted(runtime: TextRuntime) -> Callable[..., tuple[Any, ScriptedEngine]]:
         usage = Usage(5, len(pieces))
         events = [PromptDone(Usage(5)), *(TokenEvent(65, piece) for piece in pieces), Finished(reason, "", usage)]
         engine = ScriptedEngine(events if script is None else script, held)
-        made = TextRuntime(
-            runtime.info, runtime.placement, TemplateTokenizer(template), engine, runtime.pipeline, runtime._nodes, ()
-        )  # type: ignore[call-arg, unused-ignore]
+        made = replace(runtime, tokenizer=TemplateTokenizer(template), engine=engine)  # type: ignore[arg-type, unused-ignore]
         return made, engine
 
     return make

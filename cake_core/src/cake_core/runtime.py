@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster.chain import Router, Way
+from cake_core.cluster.cast import Cast, ImageCast, TextCast
+from cake_core.cluster.chain import Way
 from cake_core.cluster.nodes import Nodes
-from cake_core.cluster.replan import Cast, Replanner
-from cake_core.engine.drafter import load_drafter
+from cake_core.cluster.replan import Replanner
+from cake_core.engine.drafter import Drafter, load_drafter
 from cake_core.engine.image import ImageEngine
 from cake_core.engine.limits import fitting_limits
 from cake_core.engine.pipeline import Pipeline
@@ -22,17 +23,13 @@ from cake_core.engine.text import TextEngine
 from cake_core.errors import CakeError
 from cake_core.links.link import LinkTiming
 from cake_core.links.reports import NodeStatus, StageCount
-from cake_core.model import Component, ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
+from cake_core.model import ImageBackend, LoadOptions, Memory, ModelInfo, TextBackend, Tokenizer
 from cake_core.placement import Placement, Span
 from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
-from cake_core.stages.component import RemoteComponent
-from cake_core.stages.devices import component_options, load_text
-from cake_core.stages.stage import LocalStage, RemoteStage, Stage
+from cake_core.stages.stage import LocalStage
 from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address, Channel
-
-log = logging.getLogger(__name__)
 
 NodeProgress = Callable[[str, int, int], None]
 """`progress(what, done, total)` in bytes."""
@@ -76,17 +73,18 @@ class RunSpec:
 @dataclass(slots=True)
 class TextRuntime:
     info: ModelInfo
-    placement: Placement
     tokenizer: Tokenizer
     engine: TextEngine
     pipeline: Pipeline
     _nodes: Nodes
-    _local: Sequence[LocalStage]
+    _cast: TextCast
+    _drafter: Drafter | None = None
     _replanner: Replanner | None = None
 
-    def recast(self, cast: Cast) -> None:
-        """The layers of a lost node were placed again."""
-        self.placement, self._local = cast.placement, cast.local
+    @property
+    def placement(self) -> Placement:
+        """Of now: layers of a lost node may have been placed again."""
+        return self._cast.placement
 
     def nodes(self, fresh: bool = False) -> list[NodeStatus]:
         """`fresh`: as they are now, for which each is asked; else as they were last heard of."""
@@ -106,12 +104,15 @@ class TextRuntime:
         return self._nodes.missing()
 
     def memory(self) -> list[Memory]:
-        """Of the stages on this node."""
-        return [stage.memory() for stage in self._local]
+        """Of the stages on this node, a draft model's last."""
+        return [stage.memory() for stage in self._local()]
 
     def work(self) -> list[StageCount]:
-        """Of the stages on this node."""
-        return [stage.clock.count for stage in self._local]
+        """Of the stages on this node, a draft model's last."""
+        return [stage.clock.count for stage in self._local()]
+
+    def _local(self) -> list[LocalStage]:
+        return [*self._cast.local, *([self._drafter.stage] if self._drafter is not None else [])]
 
     def close(self) -> None:
         """Ends the engine, the links and the local stages. Idempotent."""
@@ -121,19 +122,25 @@ class TextRuntime:
         self._nodes.close()
         if self._replanner is not None:
             self._replanner.join()
-        local, self._local = self._local, ()
-        for stage in local:
-            stage.shutdown()
+        self._cast.close()
+        drafter, self._drafter = self._drafter, None
+        if drafter is not None:
+            drafter.stage.shutdown()
 
 
 @dataclass(slots=True)
 class ImageRuntime:
     info: ModelInfo
-    placement: Placement
     engine: ImageEngine
     _nodes: Nodes
-    _local: Sequence[Component]
+    _cast: ImageCast
     _shutdown: Callable[[], None]
+    _replanner: Replanner | None = None
+
+    @property
+    def placement(self) -> Placement:
+        """Of now: components of a lost node may have been placed again."""
+        return self._cast.placement
 
     def nodes(self) -> list[NodeStatus]:
         return self._nodes.statuses()
@@ -144,98 +151,78 @@ class ImageRuntime:
 
     def memory(self) -> list[Memory]:
         """Of the components on this node."""
-        return [component.memory() for component in self._local]
+        return [component.memory() for component in self._cast.local]
 
     def close(self) -> None:
+        """Ends the engine, the links and the local components. Idempotent."""
+        if self._replanner is not None:
+            self._replanner.close()
+        self._cast.leave()
         self.engine.close()
         self._shutdown()
         self._nodes.close()
-        local, self._local = self._local, ()
-        for component in local:
-            component.shutdown()
+        if self._replanner is not None:
+            self._replanner.join()
+        self._cast.close()
 
 
 def open_text(plugins: Plugins, spec: RunSpec) -> TextRuntime:
     """Connects first and loads then, so a mistake in the cluster is told before minutes of loading."""
-    backend = cast("TextBackend", plugins.backend_for(spec.checkpoint, "text"))
+    backend = typing.cast("TextBackend", plugins.backend_for(spec.checkpoint, "text"))
     info = backend.describe(spec.checkpoint, spec.options)
     placement = plugins.plan(info, spec.topology)
     nodes = Nodes(spec, plugins, info, placement)
-    local: list[LocalStage] = []
+    cast = TextCast(backend, spec, info, nodes, placement)
+    drafter: Drafter | None = None
     try:
         nodes.connect(spec.wait)
-        stages: list[Stage] = []
-        indices: dict[str, int] = {}
-        for span in placement.spans:
-            if span.node == MASTER:
-                loaded = load_text(backend, spec.checkpoint, info, span.layers, spec.options, _bound(spec, span))
-                stage = LocalStage(MASTER, loaded)
-                local.append(stage)
-                stages.append(stage)
-            else:
-                index = indices.get(span.node, 0)
-                indices[span.node] = index + 1
-                stages.append(RemoteStage(nodes[span.node], index, span.layers))
+        cast.load(placement)
         tokenizer = backend.tokenizer(spec.checkpoint)
         nodes.wait_loaded()
-        router = Router(stages, spec.route, {node.name: node.host for node in spec.topology.nodes})
+        stages = cast.stages()
+        router = cast.router(stages)
         pipeline = Pipeline(stages, spec.wire_dtype, router)
         router.require(pipeline.route())
         speculator = Speculator(spec.speculation) if spec.speculation else None
         if speculator is not None and spec.draft is not None:
-            speculator.drafter = load_drafter(plugins, spec.draft, spec.options, tokenizer)
-            local.append(speculator.drafter.stage)
+            drafter = speculator.drafter = load_drafter(plugins, spec.draft, spec.options, tokenizer)
         engine = TextEngine(info, tokenizer, pipeline, spec.limits or fitting_limits(stages), nodes, speculator)
     except BaseException:
         nodes.close()
-        for stage in local:
-            stage.shutdown()
+        cast.close()
+        if drafter is not None:
+            drafter.stage.shutdown()
         raise
-    nodes.listen(engine.wake)
-    runtime = TextRuntime(info, placement, tokenizer, engine, pipeline, nodes, local)
-    if spec.on_loss == "replan":
-
-        def load(layers: tuple[str, ...]) -> LocalStage:
-            return LocalStage(MASTER, load_text(backend, spec.checkpoint, info, layers, spec.options))
-
-        runtime._replanner = Replanner(plugins, info, nodes, Cast(spec, placement, local), load, runtime.recast)
-        runtime._replanner.start(engine)
-    return runtime
+    cast.engine = engine
+    nodes.listen(cast.wake)
+    replanner = _replanner(plugins, info, nodes, spec, cast)
+    return TextRuntime(info, tokenizer, engine, pipeline, nodes, cast, drafter, replanner)
 
 
 def open_image(plugins: Plugins, spec: RunSpec) -> ImageRuntime:
     """As `open_text`, for an image model: components instead of stages, replicas allowed."""
-    backend = cast("ImageBackend", plugins.backend_for(spec.checkpoint, "image"))
+    backend = typing.cast("ImageBackend", plugins.backend_for(spec.checkpoint, "image"))
     info = backend.describe(spec.checkpoint, spec.options)
     placement = plugins.plan(info, spec.topology)
     nodes = Nodes(spec, plugins, info, placement)
-    local: list[Component] = []
+    cast = ImageCast(backend, spec, info, nodes, placement)
     try:
         nodes.connect(spec.wait)
-        components: dict[str, Sequence[Component]] = {}
-        for span in placement.spans:
-            layer = span.layers[0]
-            if span.node == MASTER:
-                options = component_options(spec.options, len(local))
-                component = backend.load(spec.checkpoint, info, layer, options, _bound(spec, span))
-                local.append(component)
-                components[layer] = [component]
-            else:
-                # With replicas it is the backend that goes on elsewhere, at once.
-                waits = len(span.nodes) == 1
-                components[layer] = [RemoteComponent(nodes[name], layer, spec.rejoin, waits) for name in span.nodes]
+        cast.load(placement)
         nodes.wait_loaded()
-        model = backend.assemble(spec.checkpoint, info, components, spec.options)
+        model = backend.assemble(spec.checkpoint, info, cast.components(), spec.options)
     except BaseException:
         nodes.close()
-        for component in local:
-            component.shutdown()
+        cast.close()
         raise
-    return ImageRuntime(info, placement, ImageEngine(info, model), nodes, local, model.shutdown)
+    nodes.listen(cast.wake)
+    replanner = _replanner(plugins, info, nodes, spec, cast)
+    return ImageRuntime(info, ImageEngine(info, model), nodes, cast, model.shutdown, replanner)
 
 
-def _bound(spec: RunSpec, span: Any) -> Callable[[int, int], None] | None:
-    progress = spec.progress
-    if progress is None:
+def _replanner(plugins: Plugins, info: ModelInfo, nodes: Nodes, spec: RunSpec, cast: Cast) -> Replanner | None:
+    if spec.on_loss == "wait":
         return None
-    return lambda done, total: progress(", ".join(span.layers), done, total)
+    replanner = Replanner(plugins, info, nodes, spec, cast)
+    replanner.start()
+    return replanner

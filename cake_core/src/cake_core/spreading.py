@@ -30,7 +30,7 @@ def spread(info: ModelInfo, topology: Topology, memory: Mapping[str, int], kv_to
             f"{info.name} needs {sum(sizes) / 1e9:.2f} GB with its KV cache, {sum(room.values()) / 1e9:.2f} GB are free on "
             f"{', '.join(room)}; add workers, or take a smaller --context or --quantize int4"
         )
-    share = _components if info.model_type == "image" else _runs
+    share = components if info.model_type == "image" else _runs
     owners = share(free, sizes, room)
     given = {name: tuple(layer.name for layer, owner in zip(free, owners, strict=True) if owner == name) for name in room}
     nodes = [replace(node, layers=node.layers or given.get(node.name, ())) for node in topology.nodes]
@@ -56,7 +56,7 @@ def _runs(layers: Sequence[Layer], sizes: Sequence[int], room: Mapping[str, int]
     return owners
 
 
-def _components(layers: Sequence[Layer], sizes: Sequence[int], room: Mapping[str, int]) -> list[str]:
+def components(layers: Sequence[Layer], sizes: Sequence[int], room: Mapping[str, int]) -> list[str]:
     """Whole components, the largest first, each to the node with the most room left."""
     left, owners = dict(room), dict.fromkeys(range(len(layers)), "")
     for index in sorted(owners, key=lambda index: -sizes[index]):

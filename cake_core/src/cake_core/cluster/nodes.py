@@ -49,8 +49,9 @@ class Nodes:
 
     @property
     def rejoin(self) -> float:
-        """Seconds that requests wait for a node that is missing."""
-        return math.inf if self.replanning else self._spec.rejoin
+        """Seconds that requests wait for a node that is missing: as long as it takes for one that is back and loads."""
+        loading = any(node.loading for node in self._nodes.values())
+        return math.inf if self.replanning or loading else self._spec.rejoin
 
     def exchange(self, spec: RunSpec, placement: Placement) -> None:
         """Goes over to another placement: ends what is not part of it or serves other layers there, starts what is new."""
@@ -69,8 +70,9 @@ class Nodes:
             node.start()
 
     def lost(self, since: float) -> list[RemoteNode]:
-        """Those that have been down since that time (time.time()) or longer."""
-        return [node for node in self._nodes.values() if node.state == "down" and node.status().since <= since]
+        """Those that have been away since that time (time.time()) or longer; one that is back and loads is not."""
+        away = [node for node in self._nodes.values() if node.state in ("down", "connecting") and not node.loading]
+        return [node for node in away if node.status().since <= since]
 
     def __getitem__(self, name: str) -> RemoteNode:
         return self._nodes[name]

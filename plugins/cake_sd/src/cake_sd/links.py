@@ -14,6 +14,7 @@ import torch
 
 from cake_core.errors import Cancelled, NodeError, NodeMismatch
 from cake_core.model import Component, Tensor
+from cake_core.topology import MASTER
 from cake_sd.components import Arguments, Results, TorchComponent
 from cake_sd.denoiser import REPEAT, SAMPLES, sample_name
 from cake_sd.trace import Trace
@@ -58,10 +59,14 @@ class Link(Protocol):
     """One component of a layer, called in torch. Not for two threads at a time."""
 
     name: str
-    node: str
-    """Where it computes; empty for this process."""
-    rejoin: float
-    """Seconds for which its node may be away."""
+
+    @property
+    def node(self) -> str:
+        """Where it computes."""
+
+    @property
+    def rejoin(self) -> float:
+        """Seconds for which its node may be away now, to be asked before a call."""
 
     def run(self, method: str, job: Job, arguments: Arguments) -> Results: ...
 
@@ -71,7 +76,7 @@ class Link(Protocol):
 class LocalLink:
     """A component that this process loaded: called as it is, nothing is converted or copied."""
 
-    node = ""
+    node = MASTER
     rejoin = 0.0
 
     def __init__(self, component: TorchComponent) -> None:
@@ -93,13 +98,20 @@ class RemoteLink:
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.name = component.name
-        self.node, self.rejoin = str(getattr(component, "node", component.name)), float(getattr(component, "rejoin", 0.0))
         if hasattr(component, "waits"):
             component.waits = False  # Replicas do: another one takes over, and a cancelled request ends meanwhile
         self.component = component
         self._device = device
         self._packers: dict[tuple[int, str], Packer] = {}
         self._constants: dict[int, dict[int, Tensor]] = {}
+
+    @property
+    def node(self) -> str:
+        return str(getattr(self.component, "node", self.component.name))
+
+    @property
+    def rejoin(self) -> float:
+        return float(getattr(self.component, "rejoin", 0.0))
 
     def run(self, method: str, job: Job, arguments: Arguments) -> Results:
         packer = self._packers.setdefault((job.id, method), Packer(_CHANGING))
@@ -149,7 +161,6 @@ class Replicas:
     def __init__(self, layer: str, links: Sequence[Link]) -> None:
         self.layer = layer
         self.links = tuple(links)
-        self._rejoin = max(link.rejoin for link in links)
         self._lost: dict[int, float] = {}
         self._locks = [threading.Lock() for _ in links]
         self._halves = ThreadPoolExecutor(2, f"cake-sd {layer}") if len(links) > 1 else None
@@ -170,23 +181,23 @@ class Replicas:
 
         Raises the last NodeError when none answered within the rejoin time, Cancelled when the job was meanwhile.
         """
-        until = time.monotonic() + self._rejoin
-        told = False
+        since: float | None = None
         while True:
             for index in self._order(lane):
                 job.check()
+                rejoin = max(link.rejoin for link in self.links)
                 try:
                     with self._locks[index]:
                         result = work(self.links[index])
                 except NodeMismatch:
                     raise
                 except NodeError as error:
-                    self._lost[index] = time.monotonic()
-                    if time.monotonic() >= until:
+                    self._lost[index] = now = time.monotonic()
+                    if since is None:
+                        log.warning("%s: %s; trying again for up to %.0f s", self.layer, error, rejoin)
+                        since = now
+                    if now - since >= rejoin:
                         raise
-                    if not told:
-                        log.warning("%s: %s; trying again for up to %.0f s", self.layer, error, self._rejoin)
-                    told = True
                 else:
                     self._lost.pop(index, None)
                     return result

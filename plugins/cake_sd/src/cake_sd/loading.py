@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from cake_sd.options import SdOptions
 from cake_sd.quiet import quieten
 from cake_sd.single import SingleFileCheckpoint, component_tensors, load_tensors
 from cake_sd.wire import DTYPES, NAMES
+
+_LOADING = threading.Lock()
+"""transformers and diffusers exchange torch's initialisers while they load, so two loads at once leave modules without data."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _VOLATILE = ("_diffusers_version", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures")
@@ -93,7 +97,8 @@ def load_component(
         with device:
             module = randoms.build(checkpoint, layer).to(dtype)
     else:
-        module = _load_module(checkpoint, layer, dtype, sd)
+        with _LOADING:
+            module = _load_module(checkpoint, layer, dtype, sd)
     module.eval().requires_grad_(False)
     module = prepare(module.to(device), layer, sd)
     loras = _load_loras(checkpoint, layer, module, sd)
