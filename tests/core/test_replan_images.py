@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from tests.core.farm import Farm
 
 from cake_core.checkpoint import Checkpoint
 from cake_core.cluster import replan
-from cake_core.cluster.replan import give_away, orphans
-from cake_core.errors import CapacityError, NodeError
+from cake_core.cluster.replan import check_weights, give_away, orphans
+from cake_core.errors import CapacityError, CheckpointError, NodeError
 from cake_core.events import Failed, Finished, ImageDone, ImageStep
 from cake_core.model import LoadOptions
 from cake_core.profiles import DeviceProfile, NodeProfile
@@ -226,3 +227,12 @@ def test_what_a_replica_still_serves_is_not_placed_again(model: Checkpoint) -> N
     assert orphans(given, ["b"]) == {"vae"}
     assert orphans(given, ["a", "b"]) == {"unet", "vae"}
     assert give_away(info, given, ["b"], {"c": 1 << 20}, 0).node("c").layers == ("vae",)
+
+
+def test_what_this_node_has_no_weights_of_is_waited_for(model: Checkpoint) -> None:
+    info = ToyImageBackend().describe(model, LoadOptions())
+    check_weights(info, model, {"clip", "unet"}, ["b"])
+    for tensors in ((), ("left.out",)):
+        part = replace(info, layers=tuple(replace(layer, tensors=tensors) for layer in info.layers if layer.name == "unet"))
+        with pytest.raises(CheckpointError, match=r"no weights of unet on this node.*waiting for b"):
+            check_weights(part, model, {"unet"}, ["b"])

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cake_core.checkpoint import Checkpoint
 from cake_core.cluster.cast import Cast
 from cake_core.cluster.gathering import positions_of
 from cake_core.cluster.nodes import Nodes
@@ -70,6 +71,19 @@ def give_away(info: ModelInfo, topology: Topology, lost: Sequence[str], room: Ma
     nodes = [replace(n, layers=(*n.layers, *given.pop(n.name, ()))) for n in topology.nodes if n.name not in lost]
     nodes += [Node(name, None, tuple(layers)) for name, layers in given.items() if layers and name != MASTER]
     return Topology(tuple(nodes), topology.source)
+
+
+def check_weights(info: ModelInfo, checkpoint: Checkpoint, layers: Collection[str], lost: Sequence[str]) -> None:
+    """Raises CheckpointError unless this node has the weights of the layers to hand out: it may hold the part of a split model
+    that has none."""
+    wanted = {name: info.layer(name).tensors for name in layers}
+    here = checkpoint.tensors if all(wanted.values()) else {}
+    absent = [name for name, tensors in wanted.items() if not tensors or not set(tensors) <= here.keys()]
+    if absent:
+        raise CheckpointError(
+            f"{checkpoint.name} has no weights of {', '.join(absent)} on this node, to be sent to another; "
+            f"waiting for {', '.join(lost)}"
+        )
 
 
 def _filled(_layers: Sequence[Layer], sizes: Sequence[int], room: Mapping[str, int]) -> list[str]:
@@ -147,7 +161,7 @@ class Replanner:
     def _give_away(self, lost: Sequence[str]) -> None:
         """Finds other nodes for what the lost ones held, and has them fetch and load it."""
         spec = self._spec
-        self._check_weights(orphans(spec.topology, lost), lost)
+        check_weights(self._info, spec.checkpoint, orphans(spec.topology, lost), lost)
         topology = give_away(self._info, spec.topology, lost, self._room(lost), positions_of(self._info, spec.options))
         hosts = {name: spare.host for name, spare in self._spares.items()}
         topology = replace(
@@ -159,18 +173,6 @@ class Replanner:
         self._spares |= {node.name: replace(node, layers=()) for node in spec.topology.nodes if node.name in lost}
         self._spec, self._next = replace(spec, topology=topology), placement
         self._nodes.exchange(self._spec, placement)
-
-    def _check_weights(self, layers: Collection[str], lost: Sequence[str]) -> None:
-        """Raises CheckpointError unless this node has the weights to hand out: it may hold the part of a split model that has
-        none."""
-        wanted = {name: self._info.layer(name).tensors for name in layers}
-        here = self._spec.checkpoint.tensors if all(wanted.values()) else {}
-        absent = [name for name, tensors in wanted.items() if not tensors or not set(tensors) <= here.keys()]
-        if absent:
-            raise CheckpointError(
-                f"{self._spec.checkpoint.name} has no weights of {', '.join(absent)} on this node, to be sent to another; "
-                f"waiting for {', '.join(lost)}"
-            )
 
     def _room(self, lost: Sequence[str]) -> dict[str, int]:
         """Bytes to spare on the nodes that can take layers: bare workers that are up, spare ones, the master."""
