@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -194,7 +195,8 @@ class Replicas:
                 except NodeError as error:
                     self._lost[index] = now = time.monotonic()
                     if since is None:
-                        log.warning("%s: %s; trying again for up to %.0f s", self.layer, error, rejoin)
+                        patience = f"for up to {rejoin:.0f} s" if math.isfinite(rejoin) else "while its place is being loaded"
+                        log.warning("%s: %s; trying again %s", self.layer, error, patience)
                         since = now
                     if now - since >= rejoin:
                         raise
