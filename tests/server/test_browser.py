@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ class DeadWorker:
 
 def test_a_dead_worker_is_shown(page: Any, start: Any, runtime: TextRuntime) -> None:
     nodes: Any = DeadWorker()
-    broken = TextRuntime(runtime.info, runtime.placement, runtime.tokenizer, runtime.engine, runtime.pipeline, nodes, ())
+    broken = replace(runtime, _nodes=nodes)
     page.goto(start(broken).url)
     page.wait_for_selector("#health.degraded")
     page.click("#tab-cluster")
