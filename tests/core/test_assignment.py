@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,6 @@ def received(node: RemoteNode) -> int:
     assigner = node._assigner
     assert isinstance(assigner, NodeAssigner)
     return assigner.received
-
-
-@pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
-    made = Farm(tmp_path / "homes")
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,6 @@ from cake_core.topology import MASTER, Node, Topology
 from cake_core.transport import Address
 
 DESK = NodeProfile(MASTER, (DeviceProfile("cpu", 1 << 30, 1e10),))
-
-
-@pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
-    made = Farm(tmp_path / "homes")
-    yield made
-    made.close()
 
 
 @pytest.fixture

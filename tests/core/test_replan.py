@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from tests.core.farm import Farm, describe
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import replan
 from cake_core.cluster.replan import give_away
 from cake_core.engine.speculation import Speculation
 from cake_core.errors import CapacityError, NodeLost
@@ -23,6 +21,7 @@ from cake_core.testing.cluster import FAST
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import MASTER, Node, Topology
 
+pytestmark = pytest.mark.usefixtures("soon_lost")
 FRONT = ("model.layers.0", "model.layers.1", "model.layers.2")
 BACK = ("model.layers.3", "model.layers.4", "model.layers.5")
 ASKED = TextRequest((1, 2, 3), max_tokens=24, ignore_eos=True)
@@ -31,21 +30,8 @@ FULL = replace(DESK, devices=(DeviceProfile("cpu", 10, 1e10),))
 
 
 @pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
-    made = Farm(tmp_path / "homes")
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def model(tmp_path: Path) -> Checkpoint:
     return write_toy_checkpoint(tmp_path / "model", layers=6, seconds_per_batch=0.01)
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lost nodes are taken for lost sooner, and requests wait for longer than any of this takes on a busy machine."""
-    monkeypatch.setattr(replan, "GRACE", 0.2)
 
 
 def open_cluster(

@@ -13,7 +13,6 @@ import pytest
 from tests.core.farm import Farm
 
 from cake_core.checkpoint import Checkpoint
-from cake_core.cluster import replan
 from cake_core.cluster.replan import check_weights, give_away, orphans
 from cake_core.errors import CapacityError, CheckpointError, NodeError
 from cake_core.events import Failed, Finished, ImageDone, ImageStep
@@ -26,6 +25,7 @@ from cake_core.testing.contracts.threads import PATIENCE, Task
 from cake_core.testing.toys import ToyImageBackend, write_toy_image_checkpoint
 from cake_core.topology import MASTER, Node, Topology
 
+pytestmark = pytest.mark.usefixtures("soon_lost")
 STEPS = 6
 ASKED = ImageRequest("a red apple", width=32, height=32, steps=STEPS, seed=3)
 BEFORE, MIDDLE, LAST = 0, 3, STEPS
@@ -33,19 +33,6 @@ BEFORE, MIDDLE, LAST = 0, 3, STEPS
 
 def desk(memory: int) -> NodeProfile:
     return NodeProfile(MASTER, (DeviceProfile("cpu", memory, 1e10),))
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lost nodes are taken for lost sooner, and requests wait for longer than any of this takes on a busy machine."""
-    monkeypatch.setattr(replan, "GRACE", 0.2)
-
-
-@pytest.fixture
-def farm(tmp_path: Path) -> Iterator[Farm]:
-    made = Farm(tmp_path / "homes")
-    yield made
-    made.close()
 
 
 @pytest.fixture
