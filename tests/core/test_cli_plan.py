@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 
 from cake_core.cli.main import make_cli
+from cake_core.cli.options import ModelFlags
 from cake_core.plugins import Plugins
 from cake_core.topology import load_topology
 
@@ -99,3 +101,43 @@ def test_without_a_route_a_chain_is_planned_where_workers_can_be_dialled(tmp_pat
 
     assert seconds() == seconds("--route", like)
     assert seconds("--route", "chain") < seconds("--route", "star")
+
+
+def test_spread_plans_what_a_run_with_it_would_do(tmp_path):
+    """The master alone would be fastest; shared out by memory everybody gets a part."""
+    device = [{"device": "cpu", "memory_free": 1e9, "bandwidth": 1e9}]
+    whole = {
+        "master": {"name": "master", "devices": device},
+        "nodes": [{"name": name, "host": f"{name}:10128", "devices": device} for name in ("tower", "phone")],
+        "links": [{"between": ["master", name], "round_trip": 1e-2, "rate": 1e8} for name in ("tower", "phone")],
+    }
+    path = tmp_path / "three.json"
+    path.write_text(json.dumps(whole))
+    nodes = [
+        {stage["node"] for stage in json.loads(run("--profiles", path, "--json", *more))["stages"]}
+        for more in ([], ["--spread"])
+    ]
+    assert nodes == [{"master"}, {"master", "tower", "phone"}]
+    fixed = tmp_path / "fixed.yml"
+    fixed.write_text("phone:\n  host: 'phone:10128'\n  layers: ['model.layers.1']\n")
+    made = json.loads(run("--profiles", path, "--json", "--spread", "--topology", fixed))
+    assert [stage["layers"] for stage in made["stages"] if stage["node"] == "phone"] == [["model.layers.1"]]
+    assert {stage["node"] for stage in made["stages"]} == {"master", "tower", "phone"}
+    assert any("one machine alone would be faster" in line for line in made["advice"])
+
+
+def test_workers_that_join_are_waited_for_as_long_as_was_said(monkeypatch):
+    asked = []
+
+    class Nobody:
+        def __init__(self, _connector, wishes, _topology, _backend):
+            asked.append(wishes)
+
+        def everybody(self, _say):
+            return []
+
+    monkeypatch.setattr("cake_core.cluster.gathering.Search", Nobody)
+    monkeypatch.setattr(ModelFlags, "connector", lambda *_: SimpleNamespace(close=lambda: None))
+    made = json.loads(run("--listen", "127.0.0.1:0", "--wait", 3, "--insecure", "--json"))
+    assert {stage["node"] for stage in made["stages"]} == {"master"}
+    assert [(wishes.joining, wishes.wait, wishes.workers) for wishes in asked] == [(True, 3, ())]

@@ -16,6 +16,7 @@ from cake_core.cluster.gathering import Gathered, Search, Wishes, gather, usable
 from cake_core.cluster.survey import Surveyed, survey
 from cake_core.errors import CapacityError, ConfigError
 from cake_core.events import TokenEvent
+from cake_core.links.reports import read_memory
 from cake_core.model import LoadOptions
 from cake_core.planners import PlanRequest
 from cake_core.profiles import DeviceProfile, LinkProfile, NodeProfile
@@ -55,7 +56,7 @@ class Way:
 def look(farm: Farm, wishes: Wishes, topology: Topology | None = None, **more: Any) -> tuple[list[Surveyed], list[str]]:
     said: list[str] = []
     found = Search(Way(farm, **more), wishes, topology or Topology()).everybody(said.append)  # type: ignore[arg-type]
-    return usable(found, said.append), said
+    return usable(found, said.append, topology), said
 
 
 def answer(farm: Farm, model: Checkpoint, topology: Topology) -> list[int]:
@@ -93,15 +94,17 @@ def test_workers_that_joined_are_used_without_an_address(farm: Farm, model: Chec
     assert answer(farm, model, topology) == answer(farm, model, Topology())
 
 
-def test_a_topology_keeps_what_it_says_and_the_rest_is_filled(farm: Farm, model: Checkpoint) -> None:
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_topology_keeps_what_it_says_and_the_rest_is_filled(farm: Farm, model: Checkpoint, spread: bool) -> None:
     farm.start("a")
     farm.start("b")
-    given = Topology((Node("a", farm.address("a"), ("model.layers.2",)), Node("b", farm.address("b"), ())), "t.yml")
-    wishes = Wishes(None, spread=True)
+    given = Topology((Node("a", farm.address("a"), ("model.layers.5",)), Node("b", farm.address("b"), ())), "t.yml")
+    wishes = Wishes(None, spread=spread)
     workers, _ = look(farm, wishes, given)
-    assert [worker.name for worker in workers] == ["b"]
-    topology = plan(model, workers, wishes, given).topology
-    assert topology.node("a").layers == ("model.layers.2",)
+    assert [worker.name for worker in workers] == ["a", "b"]
+    small = replace(DESK, devices=(DeviceProfile("cpu", tight(model, 1.5), 1e10),))
+    topology = gather(describe(model), given, small, workers, wishes, LoadOptions()).topology
+    assert topology.node("a").layers == ("model.layers.5",)
     assert topology.node("b").layers
     assert answer(farm, model, topology) == answer(farm, model, Topology())
 
@@ -180,6 +183,19 @@ def test_what_workers_takes() -> None:
     for text in (",", "a:x"):
         with pytest.raises(ConfigError):
             addresses(text)
+
+
+def test_a_worker_with_layers_of_its_own_is_planned_for_what_the_topology_says(farm: Farm, model: Checkpoint) -> None:
+    with LocalCluster(farm.plugins, model, MemoryTransport(), {"own": ["model.layers.0-3"]}) as cluster:
+        cluster.workers["own"].profile = lambda _backend: DESK.renamed("own")
+        own = survey(cluster.dial(cluster.addresses["own"], 5), cluster.addresses["own"], FAST)
+    given = Topology((Node("own", cluster.addresses["own"], tuple(f"model.layers.{i}" for i in range(4))),))
+    assert usable([own], pytest.fail, given) == [own]
+    loaded = read_memory(own.report["memory"][0])
+    found = gathering.cluster_profile(DESK, [own]).node("own").devices[0]
+    assert loaded.device == found.device
+    taken = loaded.weights + loaded.kv_tokens * loaded.kv_bytes_per_token
+    assert found.memory_free - DESK.devices[0].memory_free == taken > 0
 
 
 def layers_of(gathered: Gathered) -> dict[str, int]:

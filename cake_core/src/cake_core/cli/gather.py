@@ -35,7 +35,7 @@ def gathered_topology(
     backend, options = plugins.backend_for(checkpoint, flags.kind), flags.load_options()
     search = Search(connector, wishes, topology, backend.name)
     info = backend.describe(checkpoint, options)
-    workers = usable(search.everybody(note), note)
+    workers = usable(search.everybody(note), note, topology)
     if not workers:
         return Gathered(topology)
     for worker in workers:
@@ -50,14 +50,19 @@ def gathered_topology(
 
 def wishes_of(flags: ModelFlags, topology: Topology) -> Wishes | None:
     """What to look for; None where a topology file says everything, or nobody is wanted. Raises ConfigError."""
-    from cake_core.cluster.gathering import Wishes
-
     to_fill = [node for node in topology.nodes if not node.layers]
     if topology.nodes and not to_fill:
         return None
-    joining = flags.listen is not None and (not topology.nodes or any(node.host is None for node in to_fill))
-    if flags.workers == "none" and not topology.nodes and not joining:
+    if flags.workers == "none" and not topology.nodes and flags.listen is None:
         return None
+    return all_wishes(flags, topology)
+
+
+def all_wishes(flags: ModelFlags, topology: Topology) -> Wishes:
+    """What the options say of workers. Raises ConfigError."""
+    from cake_core.cluster.gathering import Wishes
+
+    joining = flags.listen is not None and (not topology.nodes or any(node.host is None for node in topology.nodes))
     return Wishes(addresses(flags.workers), joining, flags.wait, flags.spread, flags.plan_for, cast("Way", flags.route))
 
 

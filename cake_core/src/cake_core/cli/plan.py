@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
 from cake_core.cli.app import current_app
 from cake_core.cli.console import human_bytes, note, show_json, show_table
+from cake_core.cli.gather import all_wishes
 from cake_core.cli.options import ModelFlags
 from cake_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cake_core.cluster.chain import Way
+    from cake_core.cluster.gathering import Wishes
     from cake_core.model import Backend, ModelInfo
     from cake_core.planners import Plan
     from cake_core.profiles import ClusterProfile
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 
 def make_plan(flags: ModelFlags, profiles: Path | None, streams: int, prompt: int) -> tuple[ModelInfo, Plan]:
     """Plans as `cake run` would, for the profiles of a file, or for this machine and the workers that are found."""
-    from cake_core.cluster.gathering import plan_for_route, positions_of
+    from cake_core.cluster.gathering import plan_as_wished, positions_of
     from cake_core.planners import PlanRequest
 
     plugins = current_app().plugins
     checkpoint, options, topology = flags.checkpoint(plugins), flags.load_options(), flags.load_topology()
     backend = plugins.backend_for(checkpoint, flags.kind)
     info = backend.describe(checkpoint, options)
-    cluster = read_profiles(profiles) if profiles is not None else _measured(flags, backend, topology)
+    wishes = all_wishes(flags, topology)
+    cluster = read_profiles(profiles) if profiles is not None else _measured(flags, backend, topology, wishes)
     ask = PlanRequest(
         context=positions_of(info, options),
         streams=streams,
@@ -38,7 +40,7 @@ def make_plan(flags: ModelFlags, profiles: Path | None, streams: int, prompt: in
         topology=topology,
         prompt=prompt,
     )
-    return info, plan_for_route(info, cluster, ask, cast("Way", flags.route))
+    return info, plan_as_wished(info, cluster, ask, wishes)
 
 
 def read_profiles(path: Path) -> ClusterProfile:
@@ -54,20 +56,19 @@ def read_profiles(path: Path) -> ClusterProfile:
     return ClusterProfile.from_fields(fields, str(path))
 
 
-def _measured(flags: ModelFlags, backend: Backend, topology: Topology) -> ClusterProfile:
-    from cake_core.cli.gather import addresses
+def _measured(flags: ModelFlags, backend: Backend, topology: Topology, wishes: Wishes) -> ClusterProfile:
     from cake_core.cli.machine import prober
-    from cake_core.cluster.gathering import Search, Wishes, cluster_profile, usable
+    from cake_core.cluster.gathering import Search, cluster_profile, usable
     from cake_core.topology import MASTER
 
     plugins = current_app().plugins
     connector = flags.connector(plugins, topology)
     try:
-        found = Search(connector, Wishes(addresses(flags.workers)), topology, backend.name).everybody(note)
+        found = Search(connector, wishes, topology, backend.name).everybody(note)
     finally:
         connector.close()
     own = prober(plugins, flags.load_options()).node(MASTER, backend.name)
-    return cluster_profile(own, usable(found, note))
+    return cluster_profile(own, usable(found, note, topology))
 
 
 def show_plan(info: ModelInfo, plan: Plan, as_json: bool) -> None:

@@ -57,6 +57,9 @@ PLAN = "Plan"
 @option(PLAN, "--profiles", type=click.Path(path_type=Path), metavar="FILE", help="Plan for the machines in a JSON file.")
 @option(PLAN, "--plan-for", type=click.Choice(["latency", "throughput"]), default="latency", show_default=True, help="The aim.")
 @option(PLAN, "--route", type=click.Choice(ROUTES), default="auto", show_default=True, help="How batches will go.")
+@option(PLAN, "--spread", is_flag=True, help="Share the model among all workers, by their memory.")
+@option(PLAN, "--listen", metavar="H:P", help="Also plan for workers that --join here.")
+@option(PLAN, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for those.")
 @option(PLAN, "--streams", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Sequences at once.")
 @option(PLAN, "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="To predict for.")
 @option(PLAN, "--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a topology file.")
@@ -65,10 +68,10 @@ PLAN = "Plan"
 def plan(flags: ModelFlags, as_json: bool, profiles: Path | None, streams: int, prompt_tokens: int, write: Path | None) -> None:
     """Show what each node would hold and take, in order of execution.
 
-    With --workers or --profiles it is planned who should hold what, and predicted what that will bring; nodes to which
-    --topology gives layers keep them. Else the topology is shown as it is.
+    With --workers, --listen or --profiles it is planned as `cake run` does who should hold what, and predicted what that will
+    bring; nodes to which --topology gives layers keep them. Else the topology is shown as it is.
     """
-    if profiles is not None or flags.workers != "none":
+    if profiles is not None or flags.workers != "none" or flags.listen is not None:
         from cake_core.cli.plan import make_plan, show_plan, write_topology
 
         info, made = make_plan(flags, profiles, streams, prompt_tokens)
@@ -77,7 +80,7 @@ def plan(flags: ModelFlags, as_json: bool, profiles: Path | None, streams: int, 
             write_topology(made, write)
         return
     if write is not None:
-        raise ConfigError("--write needs a plan: give --workers or --profiles")
+        raise ConfigError("--write needs a plan: give --workers, --listen or --profiles")
     info, placement = _fit(flags, flags.load_topology())
     if as_json:
         show_json(_as_json(info, placement))

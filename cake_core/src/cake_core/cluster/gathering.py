@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cake_core.cluster.chain import Way
 from cake_core.cluster.discovery import Found, browse
 from cake_core.cluster.survey import Surveyed, survey
 from cake_core.errors import CakeError
 from cake_core.links.connect import Connector
+from cake_core.links.reports import read_memory
 from cake_core.model import LoadOptions, ModelInfo
 from cake_core.planners import Plan, PlanRequest, plan
 from cake_core.planners.request import Objective
@@ -70,7 +72,7 @@ class Search:
     def everybody(self, say: Say) -> list[Surveyed]:
         """Every worker that answers; `say` is told of those that do not, with the reason."""
         targets: list[tuple[str, Sequence[Address]]] = [("", (address,)) for address in self._wishes.workers or ()]
-        targets += [(node.name, (node.host,)) for node in self._topology.nodes if not node.layers and node.host is not None]
+        targets += [(node.name, (node.host,)) for node in self._topology.nodes if node.host is not None]
         if self._thread is not None:
             self._thread.join()
             targets += [(found.name, found.addresses) for found in self._found]
@@ -81,7 +83,7 @@ class Search:
 
     def _arrivals(self) -> list[str]:
         """Who has joined: all that are expected, or, where anybody may, whoever comes in time."""
-        expected = {node.name for node in self._topology.nodes if node.host is None and not node.layers}
+        expected = {node.name for node in self._topology.nodes if node.host is None}
         if not self._wishes.joining:
             return []
         until = time.monotonic() + self._wishes.wait
@@ -118,11 +120,15 @@ def _named(worker: Surveyed, name: str) -> Surveyed:
     return Surveyed(name, worker.address, worker.link, worker.report, worker.profile)
 
 
-def usable(workers: Sequence[Surveyed], say: Say) -> list[Surveyed]:
-    """Those that wait for layers and were measured, each under a name of its own; `say` is told of the others."""
+def usable(workers: Sequence[Surveyed], say: Say, topology: Topology | None = None) -> list[Surveyed]:
+    """Those that were measured and either wait for layers or have them from the topology, each under a name of its own; `say`
+    is told of the others."""
+    nodes = {node.name: node for node in (topology or Topology()).nodes}
     chosen: list[Surveyed] = []
-    for worker in sorted(workers, key=lambda worker: worker.name):
-        if not worker.bare:
+    for worker in sorted(workers, key=lambda worker: (worker.name not in nodes, worker.name)):
+        if worker.name in nodes and nodes[worker.name].layers and worker.profile is not None:
+            chosen.append(worker)
+        elif not worker.bare:
             say(f"not used: {worker.name} serves layers of its own; name it in a topology file")
         elif worker.profile is None:
             say(f"not used: nothing is known of {worker.name}'s memory")
@@ -158,21 +164,43 @@ def gather(
     """Decides who serves what. Pure. Raises CapacityError where the layers do not fit."""
     if not workers:
         return Gathered(topology)
-    named = {node.name for node in topology.nodes}
-    nodes = (*topology.nodes, *(Node(w.name, w.address, ()) for w in workers if w.name not in named))
-    whole = Topology(nodes, topology.source)
     cluster = cluster_profile(master, workers)
     memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes)}
     positions = positions_of(info, options)
     if wishes.spread:
-        shared = spread(info, whole, memory, positions)
+        shared = _shared(info, cluster, topology, positions)
         return Gathered(shared, kv_tokens=_promise(info, shared, memory, positions))
     ask = PlanRequest(context=positions, objective=wishes.plan_for, topology=topology)
-    planned = plan_for_route(info, cluster, ask, wishes.route)
+    planned = plan_as_wished(info, cluster, ask, wishes)
     used = {node.name for node in planned.topology.nodes}
     spares = tuple(Node(worker.name, worker.address, ()) for worker in workers if worker.name not in used)
     promise = _promise(info, planned.topology, memory, planned.kv_tokens)
     return Gathered(planned.topology, planned.left_out, planned.advice, spares, promise)
+
+
+def plan_as_wished(info: ModelInfo, cluster: ClusterProfile, ask: PlanRequest, wishes: Wishes) -> Plan:
+    """The plan that a run with these wishes would follow. Pure. Raises CapacityError where the layers do not fit."""
+    if not wishes.spread:
+        whole = _with_everybody(ask.topology, cluster)
+        return plan_for_route(info, cluster, replace(ask, topology=whole), wishes.route)
+    shared = _shared(info, cluster, ask.topology, (ask.context or info.context_length) * ask.streams)
+    names = {MASTER, *(node.name for node in shared.nodes)}
+    links = {pair: link for pair, link in cluster.links.items() if names.issuperset(pair)}
+    there = ClusterProfile(cluster.master, tuple(node for node in cluster.nodes if node.name in names), links)
+    return plan_for_route(info, there, replace(ask, topology=shared), wishes.route)
+
+
+def _with_everybody(topology: Topology, cluster: ClusterProfile) -> Topology:
+    named = {node.name for node in topology.nodes}
+    more = (Node(n.name, Address.parse(n.host) if n.host else None, ()) for n in cluster.nodes if n.name not in named)
+    return Topology((*topology.nodes, *more), topology.source)
+
+
+def _shared(info: ModelInfo, cluster: ClusterProfile, topology: Topology, positions: int) -> Topology:
+    """The layers that the topology leaves open, shared out by memory among the master and the nodes without layers."""
+    given = {node.name for node in topology.nodes if node.layers}
+    memory = {node.name: node.memory_free for node in (cluster.master, *cluster.nodes) if node.name not in given}
+    return spread(info, _with_everybody(topology, cluster), memory, positions)
 
 
 def positions_of(info: ModelInfo, options: LoadOptions) -> int:
@@ -204,8 +232,19 @@ def _promise(info: ModelInfo, topology: Topology, memory: Mapping[str, int], pos
 def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> ClusterProfile:
     """What was measured, put together for the planner."""
     profiles = tuple(
-        replace(worker.profile, name=worker.name, host=str(worker.address or ""))
+        replace(_emptied(worker.profile, worker.report), name=worker.name, host=str(worker.address or ""))
         for worker in workers
         if worker.profile is not None
     )
     return ClusterProfile(master, profiles, {(MASTER, worker.name): worker.link for worker in workers})
+
+
+def _emptied(profile: NodeProfile, report: Mapping[str, Any]) -> NodeProfile:
+    """With the memory that is free once what the worker has loaded makes room: it serves exactly that, or something else
+    instead."""
+    loaded = [read_memory(fields) for fields in report.get("memory", ())]
+    taken = {memory.device: 0 for memory in loaded}
+    for memory in loaded:
+        taken[memory.device] += memory.weights + memory.kv_tokens * memory.kv_bytes_per_token
+    devices = (replace(d, memory_free=d.memory_free + taken.get(d.device, 0)) for d in profile.devices)
+    return replace(profile, devices=tuple(devices))
