@@ -77,7 +77,7 @@ class Farm:
         files = supply.offer(layer_files(model, info, layers))
         assignment = Assignment(who, model.name, "text", (layers,), LoadOptions(), files, sources)
         address = self.address(name)
-        assigner = NodeAssigner(name, lambda: assignment, supply, lambda timeout: self.dial(address, timeout), timing=FAST)
+        assigner = NodeAssigner(name, lambda: assignment, supply, lambda _, timeout: self.dial(address, timeout), timing=FAST)
         fingerprints = {layer: model.fingerprint(info.layer(layer).tensors)[:32] for layer in layers}
         expectation = Expectation("text", (layers,), info.identity, fingerprints)
         node = RemoteNode(

@@ -49,6 +49,9 @@ class Way:
     def joined(self, name: str, timeout: float) -> Any:
         return self._farm.dial(self._farm.address(name), timeout)
 
+    def joined_again(self, name: str, invite: Any, timeout: float) -> Any:
+        return self.joined(name, timeout)
+
     def arrived(self) -> list[str]:
         return list(self.waiting)
 

@@ -108,5 +108,6 @@ FIELDS: Mapping[Type, Callable[[random.Random], Fields]] = {
     Type.HELD: lambda rng: {"files": [_name(rng)]},
     Type.PROBE: lambda rng: {"tensors": [["data", "u8", [rng.randrange(99)]]]},
     Type.PROBED: _nothing,
+    Type.JOIN: _hand_over,
 }
 """FORWARD and OUTPUT have rows instead."""

@@ -42,6 +42,7 @@ class RunSpec:
     Attributes:
         dial: `dial(address, timeout)` gives an authenticated channel to a worker (cake_core.links.connect).
         joined: `joined(name, timeout)` the same for a worker without a host, which dials the master.
+        joined_again: `joined_again(name, invite, timeout)` one more channel to such a worker, which `invite` asks for it.
         wait: seconds to wait for workers at the start. rejoin: seconds a running request waits for a lost worker.
         wire_dtype: dtype of hidden states between nodes; empty for each stage's own.
         speculation: how tokens are guessed, None for not at all. draft: a model to guess with, loaded on this node.
@@ -56,6 +57,7 @@ class RunSpec:
     options: LoadOptions = field(default_factory=LoadOptions)
     dial: Callable[[Address, float], Channel] | None = None
     joined: Callable[[str, float], Channel] | None = None
+    joined_again: Callable[[str, Callable[[bytes], object], float], Channel] | None = None
     wait: float = 0.0
     rejoin: float = 30.0
     wire_dtype: str = ""

@@ -148,6 +148,7 @@ class ModelFlags:
             options=replace(options, kv_tokens=options.kv_tokens or gathered.kv_tokens),
             dial=connector.dial,
             joined=connector.joined,
+            joined_again=connector.joined_again,
             wait=self.wait,
             rejoin=self.rejoin_timeout,
             wire_dtype="" if self.wire_dtype == "auto" else self.wire_dtype,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cake_core.security import Gate
     from cake_core.topology import Topology
     from cake_core.transport import Address
+    from cake_core.worker.host import Again
     from cake_core.worker.worker import BareSpec, Worker, WorkerSpec
 
 WORKER = "Worker"
@@ -115,8 +116,10 @@ class Door:
 
     def open(self, served: Worker, stop: Stop, announced: bool) -> None:
         if self._join is not None:
-            dialling = (served, self._plugins, self._keyring, self._join, stop)
-            threading.Thread(target=keep_joined, args=dialling, daemon=True).start()
+            from cake_core.links.connect import dial_master
+
+            dial = partial(dial_master, self._plugins, self._keyring, self._join, served.name, 5.0)
+            threading.Thread(target=keep_joined, args=(served, dial, self._join, stop), daemon=True).start()
             return
         gate = self._gate(served.name)
         threading.Thread(target=served.serve, args=(gate,), name="cake-serve", daemon=True).start()
@@ -207,15 +210,13 @@ class Stop:
         return self._event.wait(seconds)
 
 
-def keep_joined(served: Worker, plugins: Plugins, keyring: Keyring, master: Address, stop: Stop) -> None:
+def keep_joined(served: Worker, dial: Again, master: Address, stop: Stop) -> None:
     """Dials the master, serves it, and dials again when the link has ended, until the process stops."""
-    from cake_core.links.connect import dial_master
-
     pause = REDIAL[0]
     told = ""
     while not stop.after(0):
         try:
-            link = served.adopt(dial_master(plugins, keyring, master, served.name, timeout=5.0))
+            link = served.adopt(dial(b""), dial)
         except CakeError as error:
             if str(error) != told:
                 click.echo(f"cannot join yet: {error}", err=True)

@@ -28,19 +28,20 @@ PATIENCE = 0.2
 
 Report = Callable[[str, int, int], None]
 """`report(what, done, total)` in bytes; `what` is `fetching` or `loading`."""
-Dial = Callable[[float], Channel]
+Further = Callable[[Link, float], Channel]
+"""`further(link, timeout)` gives one more channel to the worker at the other end of the link, whoever dials."""
 
 
 class NodeAssigner:
-    """For one node, however often it is connected. `make` works the assignment out when it is first needed. `dial` opens more
-    links; None where only the worker can dial."""
+    """For one node, however often it is connected. `make` works the assignment out when it is first needed. `further` opens
+    more channels to it; None: there is only the one."""
 
     def __init__(
         self,
         node: str,
         make: Callable[[], Assignment],
         supply: Supply,
-        dial: Dial | None = None,
+        further: Further | None = None,
         report: Report | None = None,
         timing: LinkTiming | None = None,
     ) -> None:
@@ -51,7 +52,7 @@ class NodeAssigner:
         self._make = make
         self._made: Assignment | None = None
         self._supply = supply
-        self._dial = dial
+        self._further = further
         self._report = report
         self._timing = timing
         self._loaded = threading.Event()
@@ -74,7 +75,7 @@ class NodeAssigner:
         except TimeoutError:
             raise NodeUnreachable(f"{self._node} does not answer; restart it", self._node) from None
         lent: list[Link] = []
-        lender = threading.Thread(target=self._lend, args=(assignment.ticket, lent), name="cake-lend", daemon=True)
+        lender = threading.Thread(target=self._lend, args=(link, assignment.ticket, lent), name="cake-lend", daemon=True)
         lender.start()
         try:
             while not self._loaded.wait(0.2):
@@ -111,14 +112,15 @@ class NodeAssigner:
         except CakeError as error:
             link.answer_error(message, error)
 
-    def _lend(self, ticket: int, lent: list[Link]) -> None:
+    def _lend(self, first: Link, ticket: int, lent: list[Link]) -> None:
         if self._loaded.wait(PATIENCE):
             return  # there was next to nothing to fetch
-        for number in range(LENT if self._dial is not None else 0):
-            if self._loaded.is_set() or self._dial is None:
+        for number in range(LENT if self._further is not None else 0):
+            if self._loaded.is_set() or self._further is None or not first.up:
                 return
             try:
-                link = Link(self._dial(DIAL_TIMEOUT), f"{self._node} (weights {number + 1})", self._lent, _ended, self._timing)
+                channel = self._further(first, DIAL_TIMEOUT)
+                link = Link(channel, f"{self._node} (weights {number + 1})", self._lent, _ended, self._timing)
             except CakeError as error:
                 log.info("no further link to %s for weights: %s", self._node, error)
                 return

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 
 from cake_core.assignment import Assignment
 from cake_core.bundle import layer_files
-from cake_core.cluster.assigner import NodeAssigner
+from cake_core.cluster.assigner import Further, NodeAssigner
 from cake_core.cluster.expectation import Expectation
 from cake_core.cluster.node import Dial, RemoteNode
-from cake_core.errors import CakeError, ConfigError, NodeLost
+from cake_core.errors import CakeError, ConfigError, NodeLost, NodeUnreachable
 from cake_core.events import NodeEvent
+from cake_core.links.link import Link
 from cake_core.links.reports import NodeStatus
 from cake_core.model import ModelInfo
 from cake_core.placement import Placement
 from cake_core.plugins import Plugins
 from cake_core.topology import MASTER
-from cake_core.transport import Address
+from cake_core.transport import Address, Channel
 from cake_core.weights.supply import ImageSupply
+from cake_core.wire.protocol import Type
 
 if TYPE_CHECKING:
     from cake_core.runtime import RunSpec
@@ -155,7 +157,7 @@ def _remote_node(spec: RunSpec, info: ModelInfo, placement: Placement, name: str
         if spec.progress is not None:
             spec.progress(f"{name} {what}", done, total)
 
-    assigner = NodeAssigner(name, make, nodes.supply, dial if host is not None else None, report, spec.timing)
+    assigner = NodeAssigner(name, make, nodes.supply, _further(spec, name, host), report, spec.timing)
     return RemoteNode(name, str(host or "joining"), dial, expectation, nodes.changed, spec.timing, assigner)
 
 
@@ -170,3 +172,20 @@ def _dial(spec: RunSpec, name: str, host: Address | None) -> Dial:
     if joined is None:
         raise ConfigError(f"node {name!r} has no host in {spec.topology.source or 'the topology'}; add host: 'address:port'")
     return lambda timeout: joined(name, timeout)
+
+
+def _further(spec: RunSpec, name: str, host: Address | None) -> Further | None:
+    """More channels to a worker beside the one it has: the master dials, or asks a worker that joined to dial again."""
+    dial, again = spec.dial, spec.joined_again
+    if host is not None and dial is not None:
+        return lambda _, timeout: dial(host, timeout)
+    if again is None:
+        return None
+
+    def invited(link: Link, timeout: float) -> Channel:
+        try:
+            return again(name, lambda ticket: link.ask(Type.JOIN, {"ticket": ticket}).result(timeout), timeout)
+        except TimeoutError:
+            raise NodeUnreachable(f"{name} did not dial again in {timeout:g} s", name) from None
+
+    return invited

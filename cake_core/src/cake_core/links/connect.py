@@ -7,6 +7,7 @@ listens and hands the channel to whoever waits for that node's name. Above this 
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -14,10 +15,13 @@ from pathlib import Path
 from cake_core import security
 from cake_core.errors import CakeError, ConfigError, NodeMismatch, NodeUnreachable, TransportError
 from cake_core.plugins import Plugins
-from cake_core.security.hello import check_hello, hello_node, make_hello
+from cake_core.security.hello import TICKET, check_hello, hello_node, hello_ticket, make_hello
 from cake_core.security.keys import ClusterKey, obtain_key
 from cake_core.topology import MASTER
 from cake_core.transport import Address, Channel
+
+Invite = Callable[[bytes], object]
+"""`invite(ticket)` has a worker that joined dial once more and show this ticket."""
 
 
 class Keyring:
@@ -53,6 +57,8 @@ class Connector:
         self._plugins = plugins
         self._keyring = keyring
         self._arrivals: dict[str, queue.SimpleQueue[Channel]] = {name: queue.SimpleQueue() for name in joining or ()}
+        self._invited: dict[bytes, tuple[str, queue.SimpleQueue[Channel]]] = {}
+        self._inviting = threading.Lock()
         self._open = joining is None
         self._gate: security.Gate | None = None
         if joining and listen_at is None:
@@ -85,6 +91,22 @@ class Connector:
                 f"{name} has not joined at {self.address} yet; start `cake worker --name {name} --join HOST:PORT` there", name
             ) from None
 
+    def joined_again(self, name: str, invite: Invite, timeout: float) -> Channel:
+        """A further channel to a worker that joined us; `invite` asks it for that. Raises NodeUnreachable when none comes."""
+        ticket, came = secrets.token_bytes(TICKET), queue.SimpleQueue[Channel]()
+        with self._inviting:
+            self._invited[ticket] = name, came
+        try:
+            invite(ticket)
+            return came.get(timeout=timeout)
+        except queue.Empty:
+            raise NodeUnreachable(f"{name} did not dial {self.address} again in {timeout:g} s", name) from None
+        finally:
+            with self._inviting:
+                late = self._invited.pop(ticket, None) is None and not came.empty()
+            if late:
+                came.get().abort()
+
     def arrived(self) -> list[str]:
         """Names of the workers that have joined and that nobody talks to yet."""
         return [name for name, waiting in list(self._arrivals.items()) if not waiting.empty()]
@@ -99,12 +121,20 @@ class Connector:
 
     def _admit(self, hello: bytes, peer: str) -> None:
         check_hello(hello, peer)
-        node = hello_node(hello)
+        node, ticket = hello_node(hello), hello_ticket(hello)
+        if ticket:
+            self._check_ticket(ticket, node, peer)
+            return
         if self._open and node and node != MASTER:
             return
         if node not in self._arrivals:
             names = ", ".join(self._arrivals)
             raise NodeMismatch(f"{peer} joins as {node!a}, but here only {names} may join", node, peer)
+
+    def _check_ticket(self, ticket: bytes, node: str, peer: str) -> None:
+        name, _ = self._invited.get(ticket, ("", None))
+        if not name or name != node:
+            raise NodeMismatch(f"{peer} comes as {node!a} with a ticket that is not good (any more)", node, peer)
 
     def _receive(self) -> None:
         gate = self._gate
@@ -113,13 +143,25 @@ class Connector:
                 channel, hello = gate.accept()
             except TransportError:
                 return
-            self._queue(hello_node(hello)).put(channel)
+            ticket = hello_ticket(hello)
+            if not ticket:
+                self._queue(hello_node(hello)).put(channel)
+                continue
+            with self._inviting:  # each is good once
+                _, came = self._invited.pop(ticket, ("", None))
+                if came is not None:
+                    came.put(channel)
+            if came is None:
+                channel.abort()
 
 
-def dial_master(plugins: Plugins, keyring: Keyring, address: Address, name: str, timeout: float) -> Channel:
-    """The joining worker's side: an authenticated channel to the master's listening address."""
+def dial_master(
+    plugins: Plugins, keyring: Keyring, address: Address, name: str, timeout: float, ticket: bytes = b""
+) -> Channel:
+    """The joining worker's side: an authenticated channel to the master's listening address. `ticket` is what the master asked
+    for it with, where it wants a further one."""
     transport = plugins.transport(address.scheme)
-    return _checked(*security.dial(transport, address, keyring.key(), make_hello(name), timeout))
+    return _checked(*security.dial(transport, address, keyring.key(), make_hello(name, ticket), timeout))
 
 
 def open_gate(plugins: Plugins, keyring: Keyring, address: Address, name: str) -> security.Gate:

@@ -16,12 +16,15 @@ from cake_core.errors import NodeMismatch
 from cake_core.wire.cbor import load_map
 from cake_core.wire.protocol import PROTOCOL_VERSION
 
+TICKET = 16
+"""Bytes of the secret by which a master knows a further channel of a worker that joined it."""
 
-@functools.cache
-def make_hello(node: str = "") -> bytes:
-    """Ours, with the name that a worker has in the topology. `process` is random: a restarted process is another one."""
-    said = {"protocol": PROTOCOL_VERSION, "cake": __version__, "process": _process()}
-    return cbor2.dumps({**said, "node": node} if node else said)
+
+def make_hello(node: str = "", ticket: bytes = b"") -> bytes:
+    """Ours, with the name that a worker has in the topology, and the ticket of a master that asked for this channel.
+    `process` is random: a restarted process is another one."""
+    said = {"protocol": PROTOCOL_VERSION, "cake": __version__, "process": _process(), "node": node, "ticket": ticket}
+    return cbor2.dumps({name: value for name, value in said.items() if value})
 
 
 @functools.cache
@@ -32,6 +35,12 @@ def _process() -> bytes:
 def hello_node(hello: bytes) -> str:
     """The name a worker gave itself, "" for a peer that gave none. To be called after `check_hello`."""
     return str(load_map(hello).get("node", ""))
+
+
+def hello_ticket(hello: bytes) -> bytes:
+    """The ticket that a worker shows, b"" when it shows none. To be called after `check_hello`."""
+    ticket = load_map(hello).get("ticket", b"")
+    return ticket if isinstance(ticket, bytes) and len(ticket) == TICKET else b""
 
 
 def check_hello(hello: bytes, peer: str) -> None:

@@ -29,7 +29,7 @@ class Type(IntEnum):
     EXPECT = 32  # master: a worker will come with this ticket and hand this stage its batches
     NEXT = 33  # master: hand this stage's output to the stage there, with this ticket
     PEER = 34  # worker to worker: the ticket
-    READY = 35  # answers EXPECT, NEXT and PEER
+    READY = 35  # answers EXPECT, NEXT, PEER and JOIN
     PARTED = 36  # worker: the hand-over of this ticket is lost; no answer
     PROFILE = 48  # master: what was measured of you?
     PROFILED = 49
@@ -44,6 +44,7 @@ class Type(IntEnum):
     HELD = 58
     PROBE = 59  # master: bytes to measure the link by
     PROBED = 60
+    JOIN = 61  # master: dial me once more, with this ticket in your hello
 
 
 CHAINED = 1 << 31
@@ -64,6 +65,7 @@ ANSWERS: Mapping[Type, Type] = {
     Type.FETCH: Type.PIECE,
     Type.HOLDS: Type.HELD,
     Type.PROBE: Type.PROBED,
+    Type.JOIN: Type.READY,
 }
 """What answers a request, unless an ERROR does."""
 
@@ -110,5 +112,6 @@ SCHEMAS: Mapping[Type, Mapping[str, Any]] = {
     Type.HELD: {"files": list},
     Type.PROBE: {"tensors": list},
     Type.PROBED: {},
+    Type.JOIN: {"ticket": bytes},
 }
 """Fields by name, with their types. Others are let be, so that later versions may add some."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cake_core.errors import CakeError, CapacityError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
 from cake_core.links.link import Link
@@ -21,43 +21,14 @@ from cake_core.wire.listing import tensor_fields
 from cake_core.wire.protocol import CHAINED, Message, Type
 from cake_core.worker.constants import Constants
 from cake_core.worker.hops import Forward, Hops
+from cake_core.worker.host import Again, Host
 from cake_core.worker.parking import TOKEN, Key
 from cake_core.worker.serving import Serving
-from cake_core.worker.tenant import Tenant
 
 log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 4096
 """Sessions one master may have open at once on one stage."""
-
-
-class Host(Protocol):
-    """What a guest needs of its worker."""
-
-    name: str
-
-    @property
-    def serving(self) -> Serving | None:
-        """What is loaded now."""
-
-    bare: bool
-    profile: Callable[[str], NodeProfile] | None
-
-    def report(self) -> dict[str, Any]: ...
-
-    def claim(self, ticket: bytes, link: Link) -> Forward:
-        """Who takes the batches that come over `link` with this ticket. Raises StageError for one that nobody gave."""
-
-    def tenant(self) -> Tenant:
-        """Who carries out assignments. Raises NodeMismatch where nobody does."""
-
-    def holders(self, but: Guest) -> list[str]:
-        """The other masters that are attached."""
-
-    def relieve(self, guest: Guest) -> None:
-        """Ends the same master's former links, should that not have been noticed yet, so that its sessions are parked."""
-
-
 _session_numbers = itertools.count(1)
 
 
@@ -67,8 +38,9 @@ class Guest:
     link: Link
     hops: Hops
 
-    def __init__(self, worker: Host) -> None:
+    def __init__(self, worker: Host, again: Again | None = None) -> None:
         self._worker = worker
+        self._again = again
         self._serving: Serving | None = None
         self._assigned = False
         self._forward_to: Forward | None = None
@@ -144,6 +116,9 @@ class Guest:
                     self.release()
                     self._assigned = True
                 self._worker.tenant().serve(link, message, self._worker.holders(self))
+            case Type.JOIN:
+                self._worker.tenant().invite(link)
+                self._worker.join(self._again, link, message)
             case _:
                 raise StageError(f"a worker does not serve {message.type.name}")
 

@@ -30,6 +30,7 @@ class Job:
         transfer.report = lambda done, total: self.tell("fetching", done, total)
         self.links: list[Link] = []
         self.tickets: set[int] = set()
+        self.invited = 0
         self.last = 0.0
         self._peers: list[Link] | None = []
         self._lock = threading.Lock()

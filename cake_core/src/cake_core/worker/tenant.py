@@ -30,6 +30,9 @@ from cake_core.worker.serving import Serving, ServingSpec
 
 log = logging.getLogger(__name__)
 
+MOST_INVITED = 8
+"""Further links that masters may ask for during one assignment."""
+
 Say = Callable[[str], None]
 
 
@@ -122,6 +125,14 @@ class Tenant:
             if job is None or ticket not in job.tickets:
                 raise StageError("this ticket is for nothing that is on its way")
             job.transfer.add(LinkSource(link))
+
+    def invite(self, link: Link) -> None:
+        """A master asks for a further link. Raises StageError unless it waits for a transfer, and for too many."""
+        with self._lock:
+            job = self._job
+            if job is None or link not in job.links or job.invited >= MOST_INVITED:
+                raise StageError("a further link is for weights that are on their way, and there are few of them")
+            job.invited += 1
 
     def close(self) -> None:
         with self._lock:

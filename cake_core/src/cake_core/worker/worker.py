@@ -24,9 +24,10 @@ from cake_core.plugins import Plugins
 from cake_core.profiles import NodeProfile
 from cake_core.topology import Topology
 from cake_core.transport import Channel
-from cake_core.wire.protocol import Type
+from cake_core.wire.protocol import Message, Type
 from cake_core.worker.guest import Guest
 from cake_core.worker.hops import Dial, Forward, Hops
+from cake_core.worker.host import Again
 from cake_core.worker.serving import LayerProgress, Serving, ServingSpec
 from cake_core.worker.tenant import Means, Tenant
 
@@ -126,17 +127,34 @@ class Worker:
             self.adopt(channel)
         gate.close()
 
-    def adopt(self, channel: Channel) -> Link:
-        """Serves a master over an authenticated channel, whoever dialled."""
-        guest = Guest(self)
+    def adopt(self, channel: Channel, again: Again | None = None) -> Link:
+        """Serves a master over an authenticated channel, whoever dialled. `again` dials one that cannot dial us."""
+        guest = Guest(self, again)
         link = Link(channel, f"master at {channel.peer}", guest.handle, self._gone, self._timing)
         guest.link = link
         guest.hops = Hops(link, self._dial, self._timing or LinkTiming())
         with self._lock:
             self._guests.add(guest)
+            late = self._draining
         log.info("%s connected", channel.peer)
         link.start()
+        if late:  # nobody else would end it
+            link.close()
         return link
+
+    def join(self, again: Again | None, link: Link, message: Message) -> None:
+        """Answers a JOIN, in a thread, once the master was dialled again. Raises StageError for one that dialled us."""
+        if again is None:
+            raise StageError(f"{self.name} did not join this master, and does not dial it")
+        threading.Thread(target=self._join, args=(again, link, message), name="cake-join", daemon=True).start()
+
+    def _join(self, again: Again, link: Link, message: Message) -> None:
+        try:
+            self.adopt(again(message.fields["ticket"]))
+        except CakeError as error:
+            link.answer_error(message, error)
+        else:
+            link.answer(message, Type.READY, {})
 
     def _gone(self, link: Link, error: CakeError) -> None:
         """In the link's thread. The guest stays known until it is released: `relieve` and `shutdown` wait for that."""
