@@ -102,7 +102,8 @@ class Meeting:
 
 
 @pytest.fixture
-def meeting(tmp_path: Path) -> Iterator[Meeting]:
+def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+    monkeypatch.setattr("click.echo", lambda *_, **__: None)  # a worker says that it joined, whenever its thread does
     made = Meeting(tmp_path)
     yield made
     made.close()

@@ -183,6 +183,27 @@ def test_scores_and_embeddings_are_whole_after_a_cut(index: int, make: Make) -> 
     assert found[0] == found[1]
 
 
+def test_what_was_cancelled_meanwhile_is_closed_as_soon_as_the_master_is_back(checkpoint: Checkpoint, make: Make) -> None:
+    """Not when the time is over for which sessions are kept; those that are still wanted go on where they were."""
+    count = 1000
+    request = TextRequest(REQUEST.prompt, REQUEST.sampling, max_tokens=count, ignore_eos=True)
+    cluster = make(STAGES[2])
+    runtime = cluster.open_text(rejoin=60.0, limits=NO_PREFIXES)
+    going, cancelled = (runtime.engine.generate(request) for _ in range(2))
+    tokens = [event.token for _ in range(3) if isinstance(event := next(going), TokenEvent)]
+    next(cancelled)
+    cluster.saboteur.arm(Fault("killed", "w1", 0, stays=True))
+    assert cluster.saboteur.happened.wait(30)
+    wait_for(lambda: cluster.workers["w1"].parked == 2)
+    cancelled.close()
+    wait_for(lambda: runtime.engine.stats().running == 1)
+    cluster.saboteur.heal()
+    wait_for(lambda: (cluster.workers["w1"].sessions, cluster.workers["w1"].parked) == (1, 0), 20.0)
+    tokens += [event.token for event in going if isinstance(event, TokenEvent)]
+    assert tokens == plain_loop(checkpoint, request.prompt, request.sampling, count)
+    check_nothing_is_left(cluster, runtime)
+
+
 def test_what_nobody_comes_back_for_is_closed(make: Make) -> None:
     cluster = make(STAGES[2])
     runtime = cluster.open_text(rejoin=0.2, limits=NO_PREFIXES)

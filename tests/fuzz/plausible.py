@@ -38,6 +38,11 @@ def _report(rng: random.Random) -> Fields:
     }  # fmt: skip
 
 
+def _attach(rng: random.Random) -> Fields:
+    live = [[rng.randrange(9)], [rng.randrange(9)]]
+    return {"model_type": "text", "stages": [_layers(rng)], "token": rng.randbytes(16), "keep": 0.1, "live": live}
+
+
 def _open(rng: random.Random) -> Fields:
     sampling = SamplingParams(
         rng.random(), rng.randrange(9), logit_bias=((5, -1.0),), seed=rng.randrange(1 << 63), banned_until=(2,)
@@ -76,7 +81,7 @@ def _nothing(_rng: random.Random) -> Fields:
 
 
 FIELDS: Mapping[Type, Callable[[random.Random], Fields]] = {
-    Type.ATTACH: lambda rng: {"model_type": "text", "stages": [_layers(rng)], "token": rng.randbytes(16), "keep": 0.1},
+    Type.ATTACH: _attach,
     Type.ATTACHED: _report,
     Type.OPEN: _open,
     Type.TRUNCATE: lambda rng: {"session": rng.randrange(9), "length": rng.randrange(99)},

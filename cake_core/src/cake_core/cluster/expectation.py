@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,11 @@ class Expectation:
     def layers(self) -> tuple[str, ...]:
         return tuple(layer for stage in self.stages for layer in stage)
 
-    def attach_fields(self, token: bytes) -> dict[str, Any]:
-        """What an ATTACH says. Sessions that are kept are found again by the token."""
-        return {"model_type": self.model_type, "stages": [list(s) for s in self.stages], "token": token, "keep": self.keep}
+    def attach_fields(self, token: bytes, live: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+        """What an ATTACH says. Sessions that are kept are found again by the token; `live` are those still wanted, by stage."""
+        stages = [list(stage) for stage in self.stages]
+        sessions = [[session for at, session in live if at == stage] for stage in range(len(stages))]
+        return {"model_type": self.model_type, "stages": stages, "token": token, "keep": self.keep, "live": sessions}
 
     def check(self, report: Mapping[str, Any], name: str, address: str) -> None:
         """Compares an ATTACHED. Raises NodeMismatch, with the remedy, for another model or other weights."""

@@ -11,24 +11,24 @@ from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
 from cake_core.cluster.expectation import Expectation
+from cake_core.cluster.naming import named
 from cake_core.errors import (
     AuthenticationError,
     CakeError,
     CapacityError,
     ChannelClosed,
     ConfigError,
-    NodeError,
     NodeLost,
     NodeMismatch,
     NodeUnassigned,
     NodeUnreachable,
     ProtocolError,
-    TransportError,
 )
 from cake_core.links.backoff import Backoff
 from cake_core.links.link import Link, LinkTiming
 from cake_core.links.reports import NodeStatus, State, read_count, read_memory
 from cake_core.model import Memory
+from cake_core.stages.stage import Opened
 from cake_core.transport import Channel
 from cake_core.wire.protocol import Message, Type
 
@@ -79,6 +79,7 @@ class RemoteNode:
         self._on_change = on_change
         self._timing = timing or LinkTiming()
         self._assigner = assigner
+        self.opened = Opened()
         self._token = secrets.token_bytes(16)
         self._coming: Link | None = None
         self._changed = threading.Condition()
@@ -124,9 +125,9 @@ class RemoteNode:
         """The link. Raises NodeError, naming the node, when it is down."""
         link = self._link
         if link is None:
-            raise self._named(self._error or NodeLost(f"{self.name} is not connected"))
+            raise named(self._error or NodeLost("not connected"), self.name, self.address)
         if not link.up:  # it has fallen a moment ago, and its thread has not told us yet
-            raise self._named(link.reason())
+            raise named(link.reason(), self.name, self.address)
         return link
 
     def wait_known(self, timeout: float) -> None:
@@ -218,15 +219,14 @@ class RemoteNode:
         link.start()
         if self._closed.is_set():
             link.close()
-        fields = self.expectation.attach_fields(self._token)
         try:
             try:
-                message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
+                message = self._attach(link)
             except NodeUnassigned:
                 if self._assigner is None:
                     raise
                 self._assigner.assign(link)
-                message, _ = link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)
+                message = self._attach(link)
             self.expectation.check(message.fields, self.name, self.address)
         except TimeoutError:
             link.close()
@@ -241,6 +241,10 @@ class RemoteNode:
             self._coming = None
         self._report = message.fields
         return link
+
+    def _attach(self, link: Link) -> Message:
+        fields = self.expectation.attach_fields(self._token, self.opened.listed())
+        return link.ask(Type.ATTACH, fields).result(ATTACH_TIMEOUT)[0]
 
     def _handle(self, link: Link, message: Message, _body: memoryview) -> None:
         if self._assigner is not None and self._assigner.handle(link, message):
@@ -257,19 +261,8 @@ class RemoteNode:
         with self._changed:
             current = link is self._link
         if current:
-            self._set("down", None, self._named(error))
+            self._set("down", None, named(error, self.name, self.address))
             self._lost.set()
-
-    def _named(self, error: CakeError) -> CakeError:
-        """The error with this node's name and address in it, as a NodeError."""
-        if isinstance(error, NodeError):
-            error.node, error.address = self.name, self.address
-            return error if str(error).startswith(self.name) else type(error)(f"{self.name}: {error}", self.name, self.address)
-        if isinstance(error, AuthenticationError | ProtocolError):
-            return error
-        if isinstance(error, TransportError):
-            return NodeLost(f"{self.name} at {self.address} is gone: {error}", self.name, self.address)
-        return error
 
     def _set(self, state: State, link: Link | None, error: CakeError | None) -> None:
         with self._changed:

@@ -103,10 +103,31 @@ def _failed(error: CakeError) -> Pending:
     return pending
 
 
+class Opened:
+    """A master's sessions on a node, by stage: what it tells the node when it is back there, so that others are given up."""
+
+    def __init__(self) -> None:
+        self._sessions: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+
+    def add(self, stage: int, session: int) -> None:
+        with self._lock:
+            self._sessions.add((stage, session))
+
+    def drop(self, stage: int, session: int) -> None:
+        with self._lock:
+            self._sessions.discard((stage, session))
+
+    def listed(self) -> list[tuple[int, int]]:
+        with self._lock:
+            return sorted(self._sessions)
+
+
 class Peer(Protocol):
     """A remote node as a stage sees it: its current link, or the error that says why there is none."""
 
     name: str
+    opened: Opened
 
     def link(self) -> Link: ...
 
@@ -150,6 +171,7 @@ class RemoteStage:
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         fields = {"session": session, "spec": spec_to_fields(spec), "parent": parent, "length": length}
+        self._peer.opened.add(self.index, session)
         if parent is None:
             self.link.tell(Type.OPEN, fields, self.index)
             return 0
@@ -159,6 +181,7 @@ class RemoteStage:
     def open_early(self, session: int, spec: SessionSpec) -> None:
         """As `open` of an empty session, but `settle` can tell when it is open: its batches come another way."""
         fields = {"session": session, "spec": spec_to_fields(spec), "parent": None, "length": 0}
+        self._peer.opened.add(self.index, session)
         self._opening.append(self.link.ask(Type.OPEN, fields, self.index))
 
     def settle(self) -> None:
@@ -182,11 +205,12 @@ class RemoteStage:
 
     def close(self, session: int) -> None:
         """Over the link there is now: what lived on one that fell is kept for us a while."""
+        self._peer.opened.drop(self.index, session)
         try:
             link = self._link if self._link is not None and self._link.up else self._peer.link()
             link.tell(Type.CLOSE, {"session": session}, self.index)
         except CakeError:
-            return  # a node that we cannot reach soon gives up what is ours by itself
+            return  # it learns of that when we are back, or gives it up by itself
 
     def memory(self) -> Memory:
         return self._peer.memory_of(self.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cake_core.errors import CakeError, CapacityError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
@@ -146,6 +146,7 @@ class Guest:
         if isinstance(token, bytes) and len(token) == TOKEN and isinstance(keep, int | float) and keep > 0:
             self.token, self._keep = token, float(keep)
             self._worker.relieve(self)
+            self._held().parking.keep_only(self.token, _live(fields))
 
     def _held(self) -> Serving:
         if self._serving is None:
@@ -253,3 +254,11 @@ class Guest:
 
 def _listed(stages: Sequence[Sequence[str]]) -> str:
     return " | ".join(", ".join(compress(tuple(str(layer) for layer in layers))) for layers in stages) or "nothing"
+
+
+def _live(fields: Mapping[str, Any]) -> Collection[Key] | None:
+    """The sessions that a master still wants; None where it does not say."""
+    live = fields.get("live")
+    if not isinstance(live, list) or not all(isinstance(sessions, list) for sessions in live):
+        return None
+    return {(stage, number) for stage, sessions in enumerate(live) for number in sessions if isinstance(number, int)}

@@ -7,7 +7,7 @@ by. Their memory is given up as soon as anybody else needs it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from cake_core.stages.stage import LocalStage
@@ -66,6 +66,17 @@ class Parking:
                         self._close(lot)
                     return own
         return None
+
+    def keep_only(self, token: bytes, live: Collection[Key] | None) -> None:
+        """A master is back and says which of its sessions it still wants (None: all): closes its others."""
+        if live is None:
+            return
+        with self._lock:
+            for lot in [lot for lot in self._lots if lot.token == token]:
+                for stage, session in [key for key in lot.sessions if key not in live]:
+                    self._stages[stage].close(lot.sessions.pop((stage, session)))
+                if not lot.sessions:
+                    self._close(lot)
 
     def give_up(self) -> bool:
         """Closes all, because somebody needs the memory; whether there were any."""
