@@ -238,7 +238,8 @@ def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_
         {"sources": ["://"]},
         {"options": {"dtype": "f7"}},
         {"options": {"context": "long"}},
-        {"options": {"extra": {"sd_clip": "/etc/passwd"}}},
+        *({"options": {"extra": {"sd_clip": path}}} for path in ("/etc/passwd", "x.bin", "a/b", "..", "", "C:x", "x" * 65)),
+        {"options": {"extra": {"sd_lora": ["x"]}}},
     ],
 )
 def test_hostile_assignments_are_refused(change: dict[str, Any]) -> None:
@@ -263,6 +264,23 @@ def test_options_that_name_files_of_the_master_are_not_assigned() -> None:
     options = LoadOptions(extra={"sd_lora": ("style.safetensors",)})
     with pytest.raises(ConfigError, match="--sd-lora cannot be assigned"):
         Assignment("m", "model", "image", (("unet",),), options, ()).as_fields()
+
+
+def test_options_that_are_numbers_or_words_are_assigned() -> None:
+    extra = {
+        "sd_scheduler": "euler-ancestral",
+        "sd_version": "v1-5",
+        "sd_loop": "worker",
+        "sd_clip_skip": 2,
+        "sd_compile": True,
+    }
+    sent = Assignment(
+        "m", "model", "image", (("unet",),), LoadOptions(extra=extra), (FileSpec("a", "0" * 64, 1, 1),)
+    ).as_fields()
+    assert Assignment.from_fields(sent).options.extra == extra
+    for path in ("C:x", "unet.bin", "a/b"):
+        with pytest.raises(ConfigError, match="--sd-unet cannot be assigned"):
+            Assignment("m", "model", "image", (("unet",),), LoadOptions(extra={"sd_unet": path}), ()).as_fields()
 
 
 def test_a_worker_with_layers_of_its_own_is_not_assigned_others(farm: Farm, model: Checkpoint) -> None:

@@ -157,6 +157,7 @@ def test_the_first_to_resolve_a_checkpoint_wins():
     plugins, checkpoint = Plugins(()), toy_checkpoint()
     plugins.register("mine", plugin(cake_resolve_checkpoint=lambda reference: checkpoint if reference == "mine" else None))
     assert plugins.resolve("mine") is checkpoint
+    assert plugins.resolve(Path("mine")) is checkpoint, "hooks are given text"
     with pytest.raises(CheckpointError):
         plugins.resolve("/no/such/folder")
 

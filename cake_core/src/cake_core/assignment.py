@@ -4,6 +4,7 @@ in, and who has these. A value that travels; `tenant` carries it out on the work
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,7 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 _DEFAULTS = LoadOptions()
 MAX_SOURCES = 64
 MAX_LAYERS = 4096
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Assignment:
         """Raises ConfigError for options that only make sense on the master's own disk."""
         extra = dict(self.options.extra)
         for name, value in extra.items():
-            if not isinstance(value, bool | int | float):
+            if not _plain(value):
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} cannot be assigned to workers; start them with --model and {option} themselves")
         options = {name: getattr(self.options, name) for name in _OPTIONS}
@@ -105,6 +107,11 @@ class Assignment:
         )
 
 
+def _plain(value: Any) -> bool:
+    """Whether a switch means the same on every machine: a number, or a word that is no path."""
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+
+
 def _stage(stage: Any) -> tuple[str, ...]:
     if not isinstance(stage, list) or not stage or not all(isinstance(layer, str) and len(layer) < 200 for layer in stage):
         raise ProtocolError("a stage of an assignment is a list of layers")
@@ -119,6 +126,6 @@ def _options(values: Mapping[str, Any]) -> LoadOptions:
             raise ProtocolError(f"an assignment with an impossible {name}")
         known[name] = value
     extra = values.get("extra", {})
-    if not isinstance(extra, dict) or not all(isinstance(value, bool | int | float) for value in extra.values()):
+    if not isinstance(extra, dict) or not all(_plain(value) for value in extra.values()):
         raise ProtocolError("an assignment with impossible options")
     return LoadOptions(**known, extra={str(name): value for name, value in extra.items()})

@@ -153,8 +153,9 @@ class Plugins:
             f"backends: {names}); `cake plugins` shows what each serves and what failed to load"
         )
 
-    def resolve(self, reference: str) -> Checkpoint:
+    def resolve(self, reference: str | os.PathLike[str]) -> Checkpoint:
         """Raises CheckpointError for a reference nobody knows."""
+        reference = str(reference)
         found: Checkpoint | None = self._manager.hook.cake_resolve_checkpoint(reference=reference)
         if found is None:
             raise CheckpointError(f"model {reference!r} is neither a folder, a file nor a hub id like org/name")
