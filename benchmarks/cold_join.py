@@ -1,10 +1,11 @@
 """A worker that never saw the model: time from the question to the first token, against the time its weights take on the wire.
 
-    python benchmarks/cold_join.py [--rate 125e6] [--layers 16] [--plain]
+    python benchmarks/cold_join.py [--rate 125e6] [--layers 16] [--plain] [--idle 0]
 
 Two processes of the command line with homes of their own, and a relay between them that carries `rate` bytes a second. The
 model has random weights in bf16, 122 MB a layer, all layers on the worker. Asked twice: the second time nothing is sent.
-`--plain` hides zstandard from both, so that pieces travel as they are.
+`--idle` seconds pass between the worker's start and the question. `--plain` hides zstandard from both, so that pieces travel as
+they are.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rate", type=float, default=125e6, help="bytes a second of the wire")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--idle", type=float, default=0.0, help="seconds that the worker waits for its master")
     parser.add_argument("--plain", action="store_true", help="without zstd")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -120,6 +122,7 @@ def main() -> None:
         worker = subprocess.Popen([*CAKE, "worker", "--name", "far", "--address", f"127.0.0.1:{port}"], env=homes[1], cwd=work)
         try:
             await_listener(port)
+            time.sleep(given.idle)
             for asked in ("cold", "warm"):
                 before = out.total
                 seconds = ask(work, homes[0])

@@ -177,6 +177,12 @@ def test_spreading_covers_every_layer_once_in_runs(model: Checkpoint, nodes: int
     assert rest
 
 
+def test_who_waits_for_nobody_to_join_is_told(farm: Farm) -> None:
+    workers, said = look(farm, Wishes((), joining=True, wait=0.01))
+    assert workers == []
+    assert "nobody joined within 0.01 s" in said[0]
+
+
 def test_what_workers_takes() -> None:
     from cake_core.cli.gather import addresses
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from cake_core.model import Backend
@@ -28,11 +28,19 @@ class Streaming(Protocol):
     streams: ClassVar[Literal[True]]
 
 
-class Warming:
-    """Warms backends in a thread that starts at once. `wait` for it before loading: imports of one library in two threads wait
-    for each other anyway, and no import is left running when a process ends."""
+IDLE = 5.0
+"""Seconds without a master after which a worker gets ready for one."""
 
-    def __init__(self, backends: Iterable[Backend]) -> None:
+
+class Warming:
+    """Warms backends in a thread that starts at once or, with `unless`, unless that says yes when it is called with IDLE.
+
+    `wait` for it before loading: imports of one library in two threads wait for each other anyway, and no import is left
+    running when a process ends.
+    """
+
+    def __init__(self, backends: Iterable[Backend], unless: Callable[[float], bool] | None = None) -> None:
+        self._unless = unless
         self._backends = [backend for backend in backends if isinstance(backend, Warmable)]
         self._thread = threading.Thread(target=self._run, name="cake-warm", daemon=True)
         self._thread.start()
@@ -41,6 +49,8 @@ class Warming:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._unless is not None and self._unless(IDLE):
+            return
         for backend in self._backends:
             try:
                 backend.warm()

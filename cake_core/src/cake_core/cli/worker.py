@@ -53,6 +53,7 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     """
     from cake_core.cli.machine import prober
     from cake_core.links.connect import Connector
+    from cake_core.warming import Warming
     from cake_core.worker.worker import Worker
 
     take_short_turns()
@@ -69,10 +70,14 @@ def worker(name: str | None, flags: ModelFlags, **given: Any) -> None:
     served.profile = partial(prober(plugins, flags.load_options()).node, served.name)
     stop = Stop()
     door.open(served, stop, announced=bare and not given["no_announce"])
+    # Who waits has nothing better to do, and the first question is answered seconds sooner.
+    texts = [backend for backend in plugins.backends.values() if bare and backend.model_type == "text"]
+    warming = Warming(texts, lambda seconds: stop.after(seconds) or served.serving is not None)
     stop.wait()
     click.echo("draining" if stop.gently else "stopping")
     door.close()
     served.shutdown(given["drain"] if stop.gently else 0.0)
+    warming.wait()
     if not stop.gently:
         raise click.Abort
 

@@ -76,7 +76,10 @@ class Search:
         if self._thread is not None:
             self._thread.join()
             targets += [(found.name, found.addresses) for found in self._found]
-        targets += [(name, ()) for name in self._arrivals()]
+        joined = self._arrivals()
+        if self._wishes.joining and not joined:
+            say(f"nobody joined within {self._wishes.wait:g} s; start `cake worker --join` there, or wait longer (--wait)")
+        targets += [(name, ()) for name in joined]
         with ThreadPoolExecutor(AT_ONCE, "cake-survey") as pool:
             found = list(pool.map(lambda target: self._attempt(target[0], target[1], say), targets))
         return [worker for worker in found if worker is not None]
