@@ -57,10 +57,10 @@ def random_file(folder: Path, shape: str, kind: str) -> Path:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
-    words = [f"<{index}>" for index in range(config["vocab_size"])]
+    words = ["a", "b", "ab", *(f"<{index}>" for index in range(3, config["vocab_size"]))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
-    writer.add_token_merges(["< 0"])
+    writer.add_token_merges(["a b"])
     writer.add_token_types([1] * len(words))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     quantisation = gguf.GGMLQuantizationType[kind]
