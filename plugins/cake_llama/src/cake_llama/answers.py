@@ -39,8 +39,9 @@ class Answers:
 
     head: Project
     tokens: list[int] = field(default_factory=list)
-    _logprobs: list[Tensor] = field(default_factory=list)
-    _tops: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _logprobs: list[Tensor | None] = field(default_factory=list)
+    """Of each token; None where it was not asked for, as in `_tops`."""
+    _tops: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     _scores: list[Tensor] = field(default_factory=list)
     _score_tops: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _final: list[Tensor] = field(default_factory=list)
@@ -72,8 +73,8 @@ class Answers:
             self._logprobs.append(logprobs[token])
             self._tops.append(top_of(logprobs[None], asked.row.want.top))
         else:
-            self._logprobs.append(logits.new_tensor(math.nan))
-            self._tops.append(top_of(logits[None], 0))
+            self._logprobs.append(None)
+            self._tops.append(None)
         return token
 
     def _score(self, hidden: Tensor, asked: Asked) -> None:
@@ -87,9 +88,12 @@ class Answers:
 
     def tensors(self) -> Mapping[str, core.Tensor]:
         found = {"tokens": core.int32_tensor(self.tokens)}
-        if any(not torch.isnan(value) for value in self._logprobs):
-            found["logprobs"] = to_wire(torch.stack(self._logprobs))
-            found |= _tops("top", self._tops)
+        known = next((value for value in self._logprobs if value is not None), None)
+        if known is not None:
+            unknown = known.new_tensor(math.nan)
+            found["logprobs"] = to_wire(torch.stack([unknown if value is None else value for value in self._logprobs]))
+            none = top_of(known[None, None], 0)
+            found |= _tops("top", [none if top is None else top for top in self._tops])
         if self._scores:
             found["score_logprobs"] = to_wire(torch.cat(self._scores))
             found |= _tops("score_top", self._score_tops)

@@ -11,6 +11,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from cake_llama.cache import KvCache, Table
+from cake_llama.rotary import for_rotation
 
 
 @dataclass(slots=True)
@@ -47,14 +48,33 @@ class RowPlan:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the layers share in one step: rows, slots to write, angles. `drawn`: a token is drawn after every position, as in
-    decode steps with and without guesses."""
+    """What the layers share in one step: rows, and the cos and sin of every position, f32 [T, dim / 2]. `drawn`: a token is
+    drawn after every position, as in decode steps with and without guesses. What only PyTorch's own layers need is made when
+    they first ask for it."""
 
     rows: Sequence[RowPlan]
-    slots: Tensor
     cos: Tensor
     sin: Tensor
     drawn: bool = False
+    _slots: Tensor | None = None
+    _turns: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def slots(self) -> Tensor:
+        """Where the keys and values of every position are written: i64 [T]."""
+        if self._slots is None:
+            found: list[int] = []
+            for row in self.rows:
+                where = row.table.slots(row.position, row.position + row.length)
+                found += range(where.start, where.stop) if isinstance(where, slice) else where
+            self._slots = torch.tensor(found, device=self.cos.device)
+        return self._slots
+
+    def turns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Angles as `rotate_` takes them. The same for every layer, which all compute in one dtype."""
+        if self._turns is None:
+            self._turns = for_rotation(self.cos, self.sin, dtype)
+        return self._turns
 
 
 def attend(plan: StepPlan, cache: KvCache, layer: int, qkv: Tensor, window: int | None) -> Tensor:

@@ -88,7 +88,7 @@ class Block:
             q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
             q.copy_(self.q_norm(q))
             k.copy_(self.k_norm(k))
-        rotate_(qkv[:, : heads + kv_heads], plan.cos, plan.sin)
+        rotate_(qkv[:, : heads + kv_heads], *plan.turns(qkv.dtype))
         return self.output(attend(plan, cache, self.index, qkv, self.window))
 
     def _feed_forward(self, x: Tensor) -> Tensor:

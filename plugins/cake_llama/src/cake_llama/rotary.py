@@ -8,12 +8,19 @@ So a position's angle never depends on how the prompt was cut into chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cake_core.errors import CheckpointError
 from cake_llama.config import RopeConfig
+
+Span = tuple[int, int, int]
+"""Positions of a sequence, from and up to, and the length of its prompt."""
+
+_ROWS = 1024
+"""Positions in a table of angles at first."""
 
 
 class Rotary:
@@ -24,9 +31,36 @@ class Rotary:
         self.attention_factor = _attention_factor(config)
         self.device = device
         self._frequencies = {False: self._to(_frequencies(config, False)), True: self._to(_frequencies(config, True))}
+        self._table = self._angles_to(0)
 
     def _to(self, values: Tensor) -> Tensor:
         return values.to(self.device, torch.float32)
+
+    def of(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """cos and sin for the positions of all spans, one after another: [T, dim / 2] each, contiguous."""
+        if self.device.type == "cpu" and not self.config.depends_on_length:
+            return self._looked_up(spans)
+        positions = [position for start, stop, _ in spans for position in range(start, stop)]
+        lengths = [max(prompt, position + 1) for start, stop, prompt in spans for position in range(start, stop)]
+        return self.angles(torch.tensor(positions, device=self.device), torch.tensor(lengths, device=self.device))
+
+    def _looked_up(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """From a table that grows with the longest sequence: on a CPU a step would take longer to compute them anew."""
+        last = max(stop for _, stop, _ in spans)
+        if last > len(self._table[0]):
+            self._table = self._angles_to(max(_ROWS, 1 << (last - 1).bit_length()))
+        cos, sin = self._table
+        if len(spans) == 1:
+            ((start, stop, _),) = spans
+            return cos[start:stop], sin[start:stop]
+        return (
+            torch.cat([cos[start:stop] for start, stop, _ in spans]),
+            torch.cat([sin[start:stop] for start, stop, _ in spans]),
+        )
+
+    def _angles_to(self, stop: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(stop, device=self.device)
+        return self.angles(positions, positions + 1)
 
     def angles(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for `positions` [T] in sequences of `lengths` [T]: [T, dim / 2] each."""

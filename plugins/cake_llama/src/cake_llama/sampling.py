@@ -42,11 +42,12 @@ def _not_numbers() -> StageError:
 
 
 def _most_likely(logits: Tensor) -> int:
-    """The lowest of the most likely ids, which is the one that `max` gives along a dimension."""
-    best, token = logits.max(0)
-    if not math.isfinite(best.item()):
+    """The lowest of the most likely ids; if there is one that is no number, that one, which is refused."""
+    # On a CPU numpy is ten times as fast as PyTorch.
+    token = int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.max(0).indices)
+    if not math.isfinite(logits[token].item()):
         raise _not_numbers()
-    return int(token)
+    return token
 
 
 def _changes_logits(params: SamplingParams, generated: int) -> bool:

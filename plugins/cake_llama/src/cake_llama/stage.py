@@ -16,7 +16,7 @@ from cake_llama.config import ModelConfig
 from cake_llama.grammar import Grammar, Grammars
 from cake_llama.memory import current
 from cake_llama.model import Dtypes, Parts
-from cake_llama.rotary import Rotary, for_rotation
+from cake_llama.rotary import Rotary, Span
 from cake_llama.wire import FROM_TORCH, SCALED, TO_TORCH, hidden_from_wire, hidden_to_wire
 
 
@@ -231,20 +231,12 @@ class LlamaStage:
         return Batch(batch.rows, answers.tensors())
 
     def _plan(self, steps: Sequence[Step]) -> StepPlan:
-        rows, slots = [], list[int]()
-        positions, lengths = list[int](), list[int]()
+        rows, spans = [], list[Span]()
         for step in steps:
             table, row = step.session.table, step.row
             end = row.position + row.length
             self._cache.extend(table, end)
             rows.append(RowPlan(step.start, row.length, row.position, table))
-            if self._cache.keys:
-                where = table.slots(row.position, end)
-                slots += range(where.start, where.stop) if isinstance(where, slice) else where
-            own = range(row.position, end)
-            positions += own
-            lengths += [max(step.session.spec.prompt_length, position + 1) for position in own]
-        at = torch.tensor(positions, device=self._device)
-        angles = self._rotary.angles(at, torch.tensor(lengths, device=self._device))
+            spans.append((row.position, end, step.session.spec.prompt_length))
         drawn = all(step.row.want.sample == step.row.length for step in steps)
-        return StepPlan(rows, torch.tensor(slots, device=self._device), *for_rotation(*angles, self._dtype), drawn)
+        return StepPlan(rows, *self._rotary.of(spans), drawn)

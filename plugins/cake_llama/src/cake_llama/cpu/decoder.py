@@ -57,13 +57,11 @@ class Decoder:
     def __call__(self, hidden: Tensor, plan: StepPlan) -> Tensor:
         """f32 [T, hidden_size] through the blocks; the rows' keys and values are written to the cache."""
         x = hidden.to(torch.float32, copy=True).contiguous()
-        half = plan.cos.shape[-1] // 2
-        cos, sin = plan.cos[:, 0, :half].contiguous(), plan.sin[:, 0, half:].contiguous()
         start = 0
         for runs in _passes(plan.rows):
             count = sum(run.length for run in runs)
             own = slice(start, start + count)
-            self._forward(runs, cos[own], sin[own], x[own])
+            self._forward(runs, plan.cos[own], plan.sin[own], x[own])
             start += count
         return x
 
