@@ -111,7 +111,7 @@ FIELDS: Mapping[Type, Callable[[random.Random], Fields]] = {
     Type.PIECE: lambda rng: {"digest": rng.randbytes(32), "zstd": False, "tensors": [["data", "u8", [rng.randrange(99)]]]},
     Type.HOLDS: lambda rng: {"files": [_name(rng), _name(rng)]},
     Type.HELD: lambda rng: {"files": [_name(rng)]},
-    Type.PROBE: lambda rng: {"tensors": [["data", "u8", [rng.randrange(99)]]]},
+    Type.PROBE: lambda rng: {"tensors": [["data", "u8", [rng.randrange(99)]]], "sweep": rng.random() < 0.5},
     Type.PROBED: _nothing,
     Type.JOIN: _hand_over,
 }

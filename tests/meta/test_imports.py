@@ -10,7 +10,7 @@ from tests.meta.source import EVERY_MODULE, Module
 GROUPS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "errors filenames pending",
+        "errors filenames pending caches",
         "model requests events checkpoint transport topology png formats config",
         "placement spreading profiles planners sampling detokenize framing wire security warming",
         "hookspecs builtin plugins resolve models hub bundle split",

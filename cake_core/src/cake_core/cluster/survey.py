@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cake_core.caches import LITTLE, sweep
 from cake_core.errors import CakeError, ConfigError, NodeError, NodeUnreachable, ProtocolError
 from cake_core.links.link import Link, LinkTiming
 from cake_core.profiles import LinkProfile, NodeProfile
@@ -20,9 +22,12 @@ log = logging.getLogger(__name__)
 ANSWER = 10.0
 MEASURE = 60.0
 """Seconds a worker may take to measure itself, which it does once."""
-ROUND_TRIPS = 7
+ROUND_TRIPS, BODY = 7, 2048
+"""How often a round trip is measured, and a hidden state in bytes."""
 FIRST, LARGEST, ENOUGH = 64 << 10, 8 << 20, 0.05
 """Bytes of the first and the largest message that measure the rate; `ENOUGH` seconds of sending say it well."""
+
+_SWEEPING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def survey(channel: Channel, address: Address | None, timing: LinkTiming | None 
     link.start()
     try:
         report = _ask(link, Type.STATUS, {}, ANSWER).fields["report"]
-        way = LinkProfile(_round_trip(link), _rate(link))
+        way = measure(link)
         return Surveyed(str(report.get("name", ""))[:100], address, way, report, _profile(link, backend))
     finally:
         link.close()
@@ -88,16 +93,26 @@ def _profile(link: Link, backend: str) -> NodeProfile | None:
     return None
 
 
+def measure(link: Link) -> LinkProfile:
+    """The link as a decode step finds it, coming upon caches that weights have gone through at both ends. One link at a time,
+    as sweeping holds up every thread of this process."""
+    rate = _rate(link)
+    with _SWEEPING:
+        clear, taken = sweep(LITTLE), []
+        for _ in range(ROUND_TRIPS):
+            _ask(link, Type.PROBE, {"tensors": [], "sweep": True}, ANSWER)
+            clear()
+            taken.append(_probe(link, BODY))
+    seconds = statistics.median(taken)
+    return LinkProfile(max(seconds / 2, seconds - BODY / rate), rate)  # a rate from a bad moment makes no link free
+
+
 def _probe(link: Link, nbytes: int) -> float:
     """Seconds until the worker has taken that many bytes and said so."""
     body = bytes(nbytes)
     began = time.perf_counter()
     _ask(link, Type.PROBE, {"tensors": [["data", "u8", [nbytes]]] if nbytes else []}, ANSWER, body)
     return time.perf_counter() - began
-
-
-def _round_trip(link: Link) -> float:
-    return statistics.median(_probe(link, 0) for _ in range(ROUND_TRIPS))
 
 
 def _rate(link: Link) -> float:

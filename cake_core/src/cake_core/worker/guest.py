@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from cake_core.caches import LITTLE, sweep
 from cake_core.errors import CakeError, CapacityError, NodeMismatch, NodeUnassigned, ProtocolError, StageError, TransportError
 from cake_core.links.link import Link
 from cake_core.model import Batch, Row
@@ -110,7 +111,7 @@ class Guest:
             case Type.PROFILE:
                 link.answer(message, Type.PROFILED, {"profile": self._profile(message).as_fields()})
             case Type.PROBE:
-                link.answer(message, Type.PROBED, {})
+                _probe(link, message)
             case Type.ASSIGN | Type.LEND | Type.FETCH | Type.HOLDS:
                 if message.type is Type.ASSIGN:
                     self.release()
@@ -262,3 +263,10 @@ def _live(fields: Mapping[str, Any]) -> Collection[Key] | None:
     if not isinstance(live, list) or not all(isinstance(sessions, list) for sessions in live):
         return None
     return {(stage, number) for stage, sessions in enumerate(live) for number in sessions if isinstance(number, int)}
+
+
+def _probe(link: Link, message: Message) -> None:
+    """Answers; when asked to it sweeps the caches first, so that the next one measures the link as a decode step finds it."""
+    if message.fields.get("sweep") is True:
+        sweep(LITTLE)()
+    link.answer(message, Type.PROBED, {})
