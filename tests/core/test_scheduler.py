@@ -114,6 +114,15 @@ def test_who_decodes_waits_for_no_more_chunks_than_nodes() -> None:
     assert max(gaps) <= nodes * 0.001 * CHUNK
 
 
+def test_who_comes_to_decode_joins_a_batch() -> None:
+    """Prompts that end at different times: batches stay as few as there are nodes, as small ones cost what large ones do."""
+    nodes, fixed = 2, 0.01
+    sequences = [sequence(PIECE * (1 + order % 5), 60, order) for order in range(32)]
+    times = run(Line([0.00001] * nodes, fixed), limits_of(nodes), sequences)
+    paces = [(own[-1] - own[29]) / 30 for own in times.values()]
+    assert max(paces) < 1.1 * nodes * fixed
+
+
 def test_a_short_prompt_is_not_cut() -> None:
     line = Line([0.0001])
     run(line, limits_of(4), [sequence(PIECE, 1)])

@@ -81,7 +81,7 @@ def test_narrow_weights_in_graphs(quantize: str, rows: int, monkeypatch: pytest.
     """Kernels on narrow weights against the same weights with PyTorch alone.
 
     At one row activations have 8 bits, which moves logits by up to 3 % of their spread, as on the CPU; the 20 largest, which
-    are compared here, spread 0.4 times as far as all of them.
+    are compared here, spread 0.4 times as far as all of them, so that 3 % of that are 7.5 % here.
     """
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -97,7 +97,7 @@ def test_narrow_weights_in_graphs(quantize: str, rows: int, monkeypatch: pytest.
         found.append(torch.tensor(decode(stage, prompts, forced)))
         stage.shutdown()
     error = (found[0] - found[1]).square().mean().sqrt() / found[1].std()
-    assert error < (0.03 if rows == 1 else 1e-3), f"{error:.2e}"
+    assert error < (0.03 / 0.4 if rows == 1 else 1e-3), f"{error:.2e}"
 
 
 @pytest.mark.gpu
@@ -122,6 +122,53 @@ def test_hidden_states_of_a_middle_stage(monkeypatch: pytest.MonkeyPatch) -> Non
         results.append(torch.tensor(out))
         stage.shutdown()
     assert (results[0] - results[1]).abs().max() < 5e-3
+
+
+def mixed(stage: TextStage) -> list[list[int] | list[float]]:
+    """What a stage answers to batches that hold single positions, chunks of prompts and guesses, launched all at once where
+    one does not need another's answer."""
+    specs = [SamplingParams(temperature=0), SamplingParams(seed=3), SamplingParams(temperature=0.7, seed=4, repeat_penalty=1.3)]
+    for number, params in enumerate(specs):
+        stage.open(number, SessionSpec(params, 30))
+
+    def batch(*rows: Row) -> Batch:
+        ids = [
+            (31 * row.session + 7 * position) % 500
+            for row in rows
+            for position in range(row.position, row.position + row.length)
+        ]
+        return Batch(rows, {"tokens": int32_tensor(ids)})
+
+    one, top = Want(sample=1), Want(sample=1, top=3)
+    batches = [
+        batch(Row(0, 0, 30, one)),
+        batch(Row(0, 30, 1, one), Row(1, 0, 13)),
+        batch(Row(1, 13, 17, one), Row(0, 31, 1, one)),
+        batch(Row(2, 0, 29), Row(0, 32, 3, Want(sample=3)), Row(1, 30, 1, one)),
+        batch(Row(2, 29, 1), Row(1, 31, 1, top)),
+        batch(Row(1, 32, 4, Want(sample=4)), Row(2, 30, 1, one), Row(0, 35, 2, Want(sample=2, top=2))),
+        batch(Row(2, 31, 5, Want(sample=2)), Row(0, 37, 1, one)),
+        batch(Row(0, 38, 1, one), Row(1, 36, 1, one), Row(2, 36, 1, one)),
+    ]
+    answers = [pending.result(20) for pending in [stage.submit(batch) for batch in batches]]
+    return [int32_values(a.tensors["tokens"]) for a in answers] + [
+        [round(value, 2) for value in float32_values(a.tensors["top_logprobs"])] for a in answers if "top_logprobs" in a.tensors
+    ]
+
+
+@pytest.mark.gpu
+def test_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    checkpoint, options = checkpoint_of("llama"), LoadOptions(dtype="f32", device="cuda", kv_tokens=4096)
+    found = []
+    for triton in (True, False):
+        monkeypatch.setattr("cake_llama.loading._has_triton", lambda: triton)  # noqa: B023 - used at once
+        stage = stage_of(checkpoint, options)
+        found.append(mixed(stage))
+        stage.shutdown()
+    assert [len(tokens) for tokens in found[0]][:8] == [1, 1, 2, 4, 1, 7, 3, 3]
+    assert found[0] == found[1]
 
 
 @pytest.mark.gpu

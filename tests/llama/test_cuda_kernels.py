@@ -180,3 +180,53 @@ def test_attention(case: dict[str, Any]) -> None:
         all_v = torch.cat((before[1][slots[first:-1]], v[None])).repeat_interleave(heads // kv_heads, 1)
         weights = (torch.einsum("hd,phd->hp", q, all_k) * dim**-0.5).softmax(-1)
         close(found[row].view(heads, dim), torch.einsum("hp,phd->hd", weights, all_v))
+
+
+@pytest.mark.parametrize("name", ["plain", "norms on queries and keys, partly turned", "a window"])
+def test_prompt_rows(name: str) -> None:
+    """Rows of several positions, one of them behind a cache that is not in one piece, layer by layer as in PyTorch."""
+    from cake_llama.attention import RowPlan, StepPlan
+    from cake_llama.cache import KvCache, Table
+    from cake_llama.config import ModelConfig
+    from cake_llama.cuda.prompts import Prompts
+    from cake_llama.model import Block, Parts
+    from cake_llama.random_model import RandomCheckpoint
+    from cake_llama.rotary import for_rotation
+
+    config = ModelConfig.from_checkpoint(RandomCheckpoint("tiny"))
+    heads, kv_heads, dim, size = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
+    qk = Norm(1 + normal(dim, seed=3) / 8, 1e-5) if name.startswith("norms") else None
+    half = dim // 4 if name.startswith("norms") else dim // 2
+    blocks = []
+    for index in range(2):
+        norms = [Norm(1 + normal(size, seed=10 * index + i) / 8, 1e-5) for i in (1, 2)]
+        shapes = ((heads + 2 * kv_heads) * dim, size), (size, heads * dim), (256, size), (size, 128)
+        qkv, output, gate_up, down = (Linear(normal(*s, seed=10 * index + i) / s[1] ** 0.5) for i, s in enumerate(shapes, 3))
+        window = 9 if name == "a window" else None
+        blocks.append(Block(config, index, window, norms[0], qkv, qk, qk, output, norms[1], gate_up, down))
+    parts = Parts(None, blocks, Norm(1 + normal(size, seed=40) / 8, 1e-5), None)
+    rows = [(0, 7, 0), (7, 12, 21)]  # start, length, position
+    angles = normal(64, half, seed=4)
+    found = []
+    for fast in (True, False):
+        cache = KvCache(2, (kv_heads, dim), 16, DEVICE, torch.float32)
+        for pool in (*cache.keys, *cache.values):
+            pool.copy_(normal(*pool.shape, seed=5))
+        apart = Table(), Table()
+        for length in (8, 20, 33):  # one after another, so that their blocks alternate
+            for table in apart:
+                cache.extend(table, length)
+        plans = [RowPlan(start, length, position, t) for (start, length, position), t in zip(rows, apart, strict=True)]
+        hidden = normal(19, size, seed=6)
+        if fast:
+            found.append(Prompts(config, parts, cache, (angles.cos(), angles.sin()), torch.float32).run(plans, (), hidden))
+            continue
+        at = torch.cat([torch.arange(p.position, p.position + p.length) for p in plans]).to(DEVICE)
+        slots = [slot for p in plans for slot in _listed(p.table.slots(p.position, p.position + p.length))]
+        turns = for_rotation(angles[at].cos(), angles[at].sin(), torch.float32)
+        found.append(parts.hidden(None, hidden, StepPlan(plans, torch.tensor(slots, device=DEVICE), *turns), cache))
+    close(*found, 1e-4)
+
+
+def _listed(slots: slice | list[int]) -> list[int]:
+    return list(range(slots.start, slots.stop)) if isinstance(slots, slice) else slots

@@ -59,6 +59,9 @@ class Scheduler:
         self.to_close: list[int] = []
         self.preemptions = 0
         self._reading = 0
+        self._decoding = 0
+        """Batches in flight that decode. No more than `depth`: who comes to decode then joins one of these, and does not go
+        in a batch of its own for ever after, which takes a stage as long as a large one."""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -66,8 +69,11 @@ class Scheduler:
     def next(self) -> Step | None:
         """The next batch, or None when there is nothing that can go now."""
         step = Step()
-        self._decode(step)
+        if self._decoding < max(1, self.limits.depth):
+            self._decode(step)
         decoding = len(step.rows)
+        step.decodes = decoding > 0
+        self._decoding += step.decodes
         if self._reading < self._most_reading():
             self._prefill(step)
         step.reads = len(step.rows) > decoding
@@ -77,6 +83,7 @@ class Scheduler:
     def landed(self, step: Step) -> None:
         """A step that `next` gave is over, one way or another."""
         self._reading -= step.reads
+        self._decoding -= step.decodes
 
     @property
     def most_in_flight(self) -> int:

@@ -10,14 +10,14 @@ from cake_core.model import Row, Want
 
 @dataclass(slots=True)
 class Step:
-    """A batch to be: `rows[i]` belongs to `sequences[i]`. `launched`: when, by the engine's
-    clock. `reads`: it holds a part of a
-    prompt."""
+    """A batch to be: `rows[i]` belongs to `sequences[i]`. `launched`: when, by the engine's clock. `reads`: it holds a part of
+    a prompt. `decodes`: it holds rows of sequences whose prompts are through."""
 
     sequences: list[Sequence] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     launched: float = 0.0
     reads: bool = False
+    decodes: bool = False
 
     @property
     def positions(self) -> int:

@@ -35,7 +35,7 @@ class RowPlan:
         end = self.position + self.length
         begin = 0 if window is None else max(0, self.position - window + 1)
         slots = self.table.slots(begin, end)
-        where = slots if isinstance(slots, slice) else torch.tensor(slots, device=device)
+        where = slots if isinstance(slots, slice) else torch.tensor(slots).to(device, non_blocking=True)
         if self.length == 1:
             return where, None
         if window is None and device.type == "cuda":
@@ -85,15 +85,19 @@ def attend(plan: StepPlan, cache: KvCache, layer: int, qkv: Tensor, window: int 
     kv_heads = cache.keys[layer].shape[1]
     heads = qkv.shape[1] - 2 * kv_heads
     cache.write(layer, plan.slots, qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :])
-    q = qkv[:, :heads]
+    return attend_written(plan.rows, cache, layer, qkv[:, :heads], window)
+
+
+def attend_written(rows: Sequence[RowPlan], cache: KvCache, layer: int, q: Tensor, window: int | None) -> Tensor:
+    """The queries [T, heads, head_dim] of rows whose keys and values are in the cache: [T, heads * head_dim]."""
 
     def attended(row: RowPlan, own: Tensor) -> Tensor:
         where, mask = row.view(window, own.device)
         return _attend_row(own, *cache.read(layer, where, own.dtype), mask)
 
-    if len(plan.rows) == 1:
-        return attended(plan.rows[0], q)
-    return torch.cat([attended(row, q[row.start : row.start + row.length]) for row in plan.rows])
+    if len(rows) == 1:
+        return attended(rows[0], q)
+    return torch.cat([attended(row, q[row.start : row.start + row.length]) for row in rows])
 
 
 def _attend_row(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

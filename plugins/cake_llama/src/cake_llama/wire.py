@@ -24,23 +24,35 @@ def bytes_of(host: torch.Tensor) -> memoryview:
 
 def to_wire(tensor: torch.Tensor) -> Tensor:
     """The bytes of a tensor; memory is shared with it when it is on the host and contiguous."""
-    host = tensor.detach().to("cpu").contiguous()
-    data = bytes_of(host) if host.numel() else b""
-    return Tensor(FROM_TORCH[host.dtype], tuple(host.shape), data)
+    return host_to_wire(tensor.detach().to("cpu").contiguous())
 
 
-def from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A torch tensor on `device`, sharing memory where it stays on the host with its dtype. Raises StageError."""
+def host_to_wire(host: torch.Tensor) -> Tensor:
+    """The same of a tensor that is on the host and contiguous."""
+    return Tensor(FROM_TORCH[host.dtype], tuple(host.shape), bytes_of(host) if host.numel() else b"")
+
+
+def on_host(tensor: Tensor, pinned: bool = False) -> torch.Tensor:
+    """A torch tensor that shares the memory, or `pinned`, a copy in page-locked memory: copied to a device from there, without
+    waiting, it does not hold up the caller until that has done all it was given before. Raises StageError."""
     kind = TO_TORCH.get(tensor.dtype)
     if kind is None:
         raise StageError(f"a {tensor.dtype} tensor cannot be used here")
     view = memoryview(tensor.data).cast("B")
     if not view.nbytes:
-        return torch.empty(tensor.shape, dtype=dtype or kind, device=device)
+        return torch.empty(tensor.shape, dtype=kind)
     # torch wants memory it may write to; what the wire delivers is, bytes from elsewhere are copied.
     buffer = bytearray(view) if view.readonly else view
     host = torch.frombuffer(buffer, dtype=torch.uint8).view(kind).view(tensor.shape)
-    return host.to(device=device, dtype=dtype or kind)
+    return torch.empty(tensor.shape, dtype=kind, pin_memory=True).copy_(host) if pinned else host
+
+
+def from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A torch tensor on `device`, sharing memory where it stays on the host with its dtype. Raises StageError."""
+    if device.type == "cuda":
+        there = on_host(tensor, pinned=True).to(device, non_blocking=True)
+        return there if dtype is None else there.to(dtype)
+    return on_host(tensor).to(device=device, dtype=dtype)
 
 
 SCALED = "f8e4m3"
@@ -52,12 +64,17 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 def hidden_to_wire(hidden: torch.Tensor, wire_dtype: str) -> Tensor:
     """Hidden states [T, width] as they leave a stage."""
+    return to_wire(as_sent(hidden, wire_dtype))
+
+
+def as_sent(hidden: torch.Tensor, wire_dtype: str) -> torch.Tensor:
+    """The same where they are: [T, width], or with SCALED [T, width + 4]."""
     if wire_dtype != SCALED:
-        return to_wire(hidden.to(TO_TORCH[wire_dtype]))
+        return hidden.to(TO_TORCH[wire_dtype])
     values = hidden.to(torch.float32)
     scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
     narrow = (values / scale).to(torch.float8_e4m3fn)
-    return to_wire(torch.cat([narrow.view(torch.uint8), scale.view(torch.uint8)], dim=1).view(torch.float8_e4m3fn))
+    return torch.cat([narrow.view(torch.uint8), scale.view(torch.uint8)], dim=1).view(torch.float8_e4m3fn)
 
 
 def hidden_from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

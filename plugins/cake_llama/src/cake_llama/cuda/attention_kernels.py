@@ -1,5 +1,6 @@
 """The attention of a decode step as one Triton kernel: queries and keys are turned, the cache is written, positions are
-attended to in splits (flash decoding), and the program that finishes last puts the splits together.
+attended to in splits (flash decoding), and the program that finishes last puts the splits together. Prompts have the turning
+and writing as a kernel of its own, and attend in PyTorch.
 
 B rows of a batch, H query heads in groups of G that share one of KVH key heads, D dimensions a head.
 """
@@ -35,6 +36,37 @@ def _turned(
     cos = tl.load(cos_ptr + place, mask=turned, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + place, mask=turned, other=0.0).to(tl.float32)
     return (x * cos + tl.where(at < half, -other, other) * sin).to(dtype)
+
+
+@triton.jit
+def turn_kernel(
+    qkv_ptr, keys_ptr, values_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, places_ptr, out_ptr, eps, total,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, half: tl.constexpr, padded: tl.constexpr,
+    members: tl.constexpr, has_norm: tl.constexpr, pdl: tl.constexpr,
+):  # fmt: skip
+    """One program for each position and key head: turns what of qkv [T, H + 2 KVH, D] belongs to it, queries to
+    out [T, H, D], key and value to their slot. `places` i32 [2, T]: positions, slots. `half`, `members` as below."""
+    launch_next(pdl)
+    wait_for_last(pdl)
+    row, kv_head = tl.program_id(0), tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    position = tl.load(places_ptr + row)
+    slot = tl.load(places_ptr + total + row).to(tl.int64)
+    member, at = tl.arange(0, members)[:, None], tl.arange(0, padded)[None, :]
+    mask = (member < group) & (at < dim)
+    base = row.to(tl.int64) * (heads + 2 * kv_heads) * dim
+    q = _turned(
+        qkv_ptr, base + (kv_head * group + member) * dim, at, mask, q_norm_ptr, position, cos_ptr, sin_ptr, eps, 0,
+        dim, half, 1, has_norm, dtype,
+    )  # fmt: skip
+    tl.store(out_ptr + (row.to(tl.int64) * heads + kv_head * group + member) * dim + at, q, mask=mask)
+    own = base + heads * dim + kv_head * dim + tl.zeros((1, 1), tl.int32)
+    key = _turned(qkv_ptr, own, at, at < dim, k_norm_ptr, position, cos_ptr, sin_ptr, eps, 0, dim, half, 1, has_norm, dtype)
+    value = tl.load(qkv_ptr + own + kv_heads * dim + at, mask=at < dim)
+    new = (slot * kv_heads + kv_head) * dim + at
+    tl.store(keys_ptr + new, key.to(keys_ptr.dtype.element_ty), mask=at < dim)
+    tl.store(values_ptr + new, value.to(values_ptr.dtype.element_ty), mask=at < dim)
 
 
 @triton.jit

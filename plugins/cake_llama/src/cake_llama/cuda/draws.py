@@ -16,7 +16,7 @@ class Draws:
 
     def __init__(self, params: Sequence[SamplingParams], uniforms: Sequence[float], device: torch.device) -> None:
         def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+            return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
 
         self._greedy = column([float(p.temperature == 0) for p in params])[:, 0] > 0
         self._temperature = column([p.temperature or 1.0 for p in params])

@@ -74,7 +74,8 @@ class Graphs:
         self._pool: Any = None
         positions = torch.arange(context, device=self._device)
         cos, sin = rotary.angles(positions, positions + 1)
-        self._cos, self._sin = cos.contiguous(), sin.contiguous()
+        self.angles = cos.contiguous(), sin.contiguous()
+        """Of every position, f32 [context, half] each."""
         self.last = torch.zeros(4096, dtype=torch.int64, device=self._device)
         """The token drawn last, by session slot; slot 0 belongs to unused rows."""
 
@@ -83,7 +84,10 @@ class Graphs:
         return next(size for size in SIZES if size >= rows) in self._graphs
 
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Launches a step and returns (hidden states or f32 logits, most likely tokens), valid until the next step."""
+        """Launches a step and returns (hidden states or f32 logits, most likely tokens), valid until the next step.
+
+        `hidden` may be in page-locked memory of the host.
+        """
         size = next(size for size in SIZES if size >= len(entries))
         graph = self._graphs.get(size)
         if graph is None:
@@ -138,7 +142,7 @@ class Graphs:
             x = parts.embedding[ids].to(self._dtype)
         else:
             x = graph.hidden_in.clone()
-        places = Places(inputs, graph.table, self._cos, self._sin)
+        places = Places(inputs, graph.table, *self.angles)
         run = self._blocks_one if len(x) == 1 else self._blocks_many
         x, delta = run(x, places, scratch)
         if parts.norm is None:
@@ -146,7 +150,7 @@ class Graphs:
         if parts.head is None:
             return add_norm(x, delta, parts.norm), None
         logits = self._logits(x, delta, parts.norm, cast("Linear | NarrowLinear", parts.head))
-        best = _most_likely(logits)
+        best = most_likely(logits)
         if parts.embedding is not None:
             self.last.index_copy_(0, inputs[:, 2].to(torch.int64), best)
         return logits, best
@@ -182,7 +186,7 @@ class Graphs:
         return attend(qkv, cache, places, scratch, norms, block.window)
 
 
-def _most_likely(logits: Tensor) -> Tensor:
+def most_likely(logits: Tensor) -> Tensor:
     """[B, vocabulary] -> i64 [B]: argmax in two steps where it can be, since one reads a row with one multiprocessor."""
     batch, size = logits.shape
     part = math.gcd(size, 512)

@@ -159,3 +159,24 @@ def attend(
         **options,
     )  # fmt: skip
     return scratch.attended
+
+
+def turn(
+    qkv: Tensor, cache: tuple[Tensor, Tensor], places: Tensor, angles: tuple[Tensor, Tensor], heads: int,
+    norms: tuple[Norm, Norm] | None,
+) -> Tensor:  # fmt: skip
+    """Prompt positions: rotates and writes keys and values to the cache. qkv [T, (H + 2 KVH) D] -> queries [T, H, D].
+
+    `places` i32 [2, T]: positions and slots; `angles`: cosines and sines [positions, half] in f32.
+    """
+    keys, values = cache
+    kv_heads, dim = keys.shape[1], keys.shape[2]
+    out = qkv.new_empty((len(qkv), heads, dim))
+    q_norm, k_norm = (norms[0].weight, norms[1].weight) if norms else (None, None)
+    early, options = launching(qkv)
+    attention_kernels.turn_kernel[(len(qkv), kv_heads)](
+        qkv, keys, values, *angles, q_norm, k_norm, places, out, norms[0].eps if norms else 0.0, len(qkv), heads, kv_heads, dim,
+        angles[0].shape[1], triton.next_power_of_2(dim), triton.next_power_of_2(heads // kv_heads), norms is not None, early,
+        num_warps=1, **options,
+    )  # fmt: skip
+    return out

@@ -1,44 +1,33 @@
-"""A stage on an NVIDIA GPU: decode steps by graph, launched without waiting and completed by a thread of their own; prompt
-chunks as on any device."""
+"""A stage on an NVIDIA GPU. Everything is launched without waiting and completed by a thread of its own: single positions by
+graph, rows of several beside them; only what scores a prompt goes the common way."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cake_core.errors import CakeError, CapacityError, StageError
-from cake_core.model import SAMPLED, Batch, Pending, SessionSpec
+from cake_core.model import SAMPLED, Batch, Pending, SessionSpec, int32_tensor
 from cake_core.sampling import uniform
 from cake_llama.answers import Answers, Asked
+from cake_llama.attention import RowPlan
 from cake_llama.cache import KvCache
 from cake_llama.cuda.draws import Draws
-from cake_llama.cuda.graphs import SIZES, Entry, Graphs
+from cake_llama.cuda.flights import Flight, Flights
+from cake_llama.cuda.graphs import SIZES, Entry, Graphs, most_likely
+from cake_llama.cuda.prompts import Prompts
+from cake_llama.cuda.rows import draws_left, rows_of, woven
 from cake_llama.model import Parts
 from cake_llama.rotary import Rotary
 from cake_llama.stage import LlamaStage, Session, StageSpec, Step
-from cake_llama.wire import SCALED, TO_TORCH, hidden_from_wire, to_wire
+from cake_llama.wire import SCALED, as_sent, hidden_from_wire, host_to_wire, on_host
 
 WAITED_FOR = 4
-"""Rows up to which a stage with neighbours waits for the device itself: handing a step to another thread costs more than the
-little that could be done meanwhile."""
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A decode step under way."""
-
-    batch: Batch
-    steps: Sequence[Step]
-    pending: Pending
-    done: torch.cuda.Event
-    host: Tensor | None = None  # tokens or hidden states on their way to the host
-    logits: Tensor | None = None  # kept where a row needs more than a token
+"""Single positions up to which a stage with neighbours waits for the device itself: handing a step to another thread costs more
+than the little that could be done meanwhile."""
 
 
 class CudaStage(LlamaStage):
@@ -48,21 +37,16 @@ class CudaStage(LlamaStage):
         super().__init__(spec, parts, cache, rotary)
         self.runs_ahead = parts.embedding is not None and parts.head is not None
         self._graphs = Graphs(spec.config, parts, cache, rotary, spec.context, self._dtype)
+        self._prompts = Prompts(spec.config, parts, cache, self._graphs.angles, self._dtype)
         self._slots: dict[int, int] = {}
         self._free_slots = list(range(len(self._graphs.last) - 1, 0, -1))
-        self._flights: queue.SimpleQueue[_Flight | None] = queue.SimpleQueue()
-        self._landed = threading.Condition()
-        self._in_flight = 0
-        self._flying: Counter[int] = Counter()
-        self._detailed_under_way = False
-        self._thread = threading.Thread(target=self._land, name="cake-cuda", daemon=True)
-        self._thread.start()
+        self._flights = Flights(self._device, self._landed)
 
     # Sessions
 
     def open(self, session: int, spec: SessionSpec, parent: int | None = None, length: int = 0) -> int:
         if parent is not None:
-            self._drain()
+            self._flights.drain()
         if not self._free_slots:
             raise StageError(f"more than {len(self._graphs.last) - 1} sessions at once")
         kept = super().open(session, spec, parent, length)
@@ -70,7 +54,7 @@ class CudaStage(LlamaStage):
         return kept
 
     def truncate(self, session: int, length: int) -> int:
-        self._drain()
+        self._flights.drain()
         return super().truncate(session, length)
 
     def close(self, session: int) -> None:
@@ -80,10 +64,8 @@ class CudaStage(LlamaStage):
             self._free_slots.append(slot)
 
     def shutdown(self) -> None:
-        self._drain()
-        self._flights.put(None)
-        self._thread.join(10.0)
-        del self._graphs
+        self._flights.close()
+        del self._graphs, self._prompts
         super().shutdown()
 
     # Batches
@@ -100,52 +82,51 @@ class CudaStage(LlamaStage):
         return pending
 
     def _submit(self, batch: Batch, pending: Pending) -> None:
-        if any(row.length > 1 or row.want.score or row.want.hidden for row in batch.rows) or len(batch.rows) > SIZES[-1]:
-            self._drain()
-            pending.set(self._mixed(batch))
+        singles = sum(row.length == 1 for row in batch.rows)
+        scores = self._parts.head is not None and any(row.want.score or row.want.hidden for row in batch.rows)
+        if scores or singles > SIZES[-1]:
+            self._flights.drain()
+            done = super().submit(batch)
+            done.when_done(lambda done: pending.fail(done.error) if done.error else pending.set(done.result()))
             return
-        if self._detailed_under_way or not self._graphs.ready(len(batch.rows)):
-            self._drain()  # tokens drawn on landing are not in `last` yet; a capture wants the device for itself
+        if self._flights.detailed or (singles and not self._graphs.ready(singles)):
+            self._flights.drain()  # tokens drawn on landing are not in `last` yet; a capture wants the device for itself
         steps = self._check(batch)
-        if any(_needs_history(step) for step in steps):
-            self._drain()
-        entries = [self._entry(step) for step in steps]
-        hidden = None
-        if self._parts.embedding is None:
-            hidden = hidden_from_wire(batch.tensors["hidden"], self._device, self._dtype)
-        out, best = self._graphs.run(entries, hidden)
-        flight = _Flight(batch, steps, pending, torch.cuda.Event())  # type: ignore[no-untyped-call]
-        if best is None:
-            flight.host = self._to_host(self._outgoing(out, steps))
-        elif all(_is_plain(step) for step in steps):
-            flight.host = self._to_host(self._draw(out, best, steps, entries))
-        else:
-            flight.logits = out.clone()
-            self._detailed_under_way = True
-        flight.done.record()
-        with self._landed:
-            alone = self._in_flight == 0
-            self._in_flight += 1
-            self._flying.update(row.session for row in batch.rows)
-        if alone and not self.runs_ahead and len(batch.rows) <= WAITED_FOR:
-            self._complete(flight)
-        else:
-            self._flights.put(flight)
+        if self._parts.head is not None and any(_needs_history(step) for step in steps):
+            self._flights.drain()
+        flight = Flight(batch, steps, pending, torch.cuda.Event())  # type: ignore[no-untyped-call]
+        try:
+            self._launch(flight)
+        except BaseException:
+            for step in steps:
+                self._go_back(step.session, step.row.position)
+            raise
+        self._flights.add(flight, not self.runs_ahead and singles == len(batch.rows) <= WAITED_FOR)
 
-    def _mixed(self, batch: Batch) -> Batch:
-        """Prompt chunks and single positions together: the single ones by graph, the chunks on the common way."""
-        parts = list(batch.split())
-        single = [i for i, row in enumerate(batch.rows) if row.length == 1 and not (row.want.score or row.want.hidden)]
-        results: dict[int, Batch] = {}
-        if single and len(single) <= SIZES[-1]:
-            joined = Pending()
-            self._check(batch)  # all of it, before anything is changed
-            self._submit(Batch.join([parts[i] for i in single]), joined)
-            results |= dict(zip(single, joined.result().split_results(), strict=True))
-        rest = [i for i in range(len(parts)) if i not in results]
-        joined_rest = Batch.join([parts[i] for i in rest])
-        results |= dict(zip(rest, self._run(joined_rest, self._check(joined_rest)).split_results(), strict=True))
-        return Batch.join([results[i] for i in range(len(parts))])
+    def _launch(self, flight: Flight) -> None:
+        steps = flight.steps
+        singles = [i for i, step in enumerate(steps) if step.row.length == 1]
+        longer = [i for i, step in enumerate(steps) if step.row.length > 1]
+        hidden = None if self._parts.embedding is not None else self._incoming(flight.batch, not longer)
+        out = best = rest = None
+        if singles:
+            entries = [self._entry(steps[i]) for i in singles]
+            own = hidden if hidden is None or not longer else rows_of(hidden, [steps[i] for i in singles])
+            out, best = self._graphs.run(entries, own)
+        if longer:
+            rest = self._run_longer([steps[i] for i in longer], hidden, not singles)
+        if self._parts.head is None:
+            flight.host = self._to_host(self._outgoing(woven(steps, out, rest, lambda step: step.row.length), steps))
+        else:
+            self._answer(flight, out, best, rest)
+        flight.done.record()
+
+    def _incoming(self, batch: Batch, for_graph: bool) -> Tensor:
+        """Hidden states [T, hidden_size]; for a graph, which copies them, in page-locked memory."""
+        sent = batch.tensors["hidden"]
+        if for_graph and sent.dtype != SCALED:
+            return on_host(sent, pinned=True)
+        return hidden_from_wire(sent, self._device, self._dtype)
 
     def _entry(self, step: Step) -> Entry:
         session, row = step.session, step.row
@@ -153,30 +134,70 @@ class CudaStage(LlamaStage):
         token = step.tokens[0] if self._reads_tokens else 0
         return Entry(token, row.position, self._slots[row.session], session.table)
 
+    def _run_longer(self, steps: Sequence[Step], hidden: Tensor | None, all_of_it: bool) -> Tensor:
+        """Rows of several positions, [their positions, hidden_size]."""
+        rows, start = [], 0
+        for step in steps:
+            row = step.row
+            self._cache.extend(step.session.table, row.position + row.length)
+            rows.append(RowPlan(start, row.length, row.position, step.session.table))
+            start += row.length
+        own = hidden if hidden is None or all_of_it else rows_of(hidden, steps)
+        return self._prompts.run(rows, [token for step in steps for token in step.tokens], own)
+
     def _resolve(self, session: Session, tokens: Sequence[int]) -> Sequence[int]:
         """The token drawn last is taken on the device; what it was is known when its step has landed."""
-        with self._landed:
-            drawing = any(self._flying[number] for number, found in self._sessions.items() if found is session)
-        if list(tokens) == [SAMPLED] and self.runs_ahead and drawing:
+        own = [number for number, found in self._sessions.items() if found is session]
+        if list(tokens) == [SAMPLED] and self.runs_ahead and any(map(self._flights.has, own)):
             return tokens
         return super()._resolve(session, tokens)
 
     def _outgoing(self, hidden: Tensor, steps: Sequence[Step]) -> Tensor:
         named = next((s.session.spec.wire_dtype for s in steps if s.session.spec.wire_dtype), "")
-        return hidden.to(TO_TORCH[named]) if named not in ("", SCALED) else hidden
+        drawn = all(step.row.want.sample == step.row.length for step in steps)
+        return hidden if not named or (named == SCALED and drawn) else as_sent(hidden, named)
 
-    def _draw(self, logits: Tensor, best: Tensor, steps: Sequence[Step], entries: Sequence[Entry]) -> Tensor:
-        """Tokens of every row, left in `last` as well; nothing waits."""
-        sampled = [step.session.spec.sampling for step in steps]
-        if all(params.temperature == 0 for params in sampled):
-            return best
-        specs = [step.session.spec for step in steps]
-        uniforms = [uniform(s.sampling.seed, s.choice, step.row.position + 1) for s, step in zip(specs, steps, strict=True)]
-        tokens = Draws(sampled, uniforms, self._device).draw(logits, best)
+    def _answer(self, flight: Flight, out: Tensor | None, best: Tensor | None, rest: Tensor | None) -> None:
+        """What is asked of the logits: `out` f32 [n, vocabulary] of single positions, and the head's of the `rest`."""
+        steps = flight.steps
+        flight.drawn = [i for i, step in enumerate(steps) for _ in range(step.row.want.sample)]
+        if not flight.drawn:
+            return
+        if out is None or best is None or rest is not None or len(flight.drawn) < len(steps):
+            out = woven(steps, out, self._rest_of_logits(steps, out, rest), lambda step: step.row.want.sample)
+            best = most_likely(out)
+        if all(_is_plain(steps[i]) for i in flight.drawn):
+            flight.host = self._to_host(self._draw(out, best, [steps[i] for i in flight.drawn]))
+        else:
+            flight.logits = out.clone()
+
+    def _rest_of_logits(self, steps: Sequence[Step], out: Tensor | None, rest: Tensor | None) -> Tensor | None:
+        """f32 [draws of longer rows, vocabulary] from their hidden states."""
+        places, end = list[int](), 0
+        for step in steps:
+            if step.row.length > 1:
+                end += step.row.length
+                places += range(end - step.row.want.sample, end)
+        if rest is None or not places or self._parts.head is None:
+            return None if out is None else out[:0]
+        return self._parts.head(rest[self._on_device(places)]).to(torch.float32)
+
+    def _draw(self, logits: Tensor, best: Tensor, drawn: Sequence[Step]) -> Tensor:
+        """A token for each row of logits, those of a step one after another; left in `last` as well; nothing waits."""
+        tokens = best
+        if any(step.session.spec.sampling.temperature for step in drawn):
+            specs = [step.session.spec for step in drawn]
+            after = [s.row.position + s.row.length - left for s, left in zip(drawn, draws_left(drawn), strict=True)]
+            uniforms = [uniform(s.sampling.seed, s.choice, position) for s, position in zip(specs, after, strict=True)]
+            tokens = Draws([spec.sampling for spec in specs], uniforms, self._device).draw(logits, best)
         if self.runs_ahead:
-            slots = torch.tensor([entry.slot for entry in entries], device=self._device)
-            self._graphs.last.index_copy_(0, slots, tokens)
+            final = [i for i, left in enumerate(draws_left(drawn)) if left == 0]
+            slots = self._on_device([self._slots[drawn[i].row.session] for i in final])
+            self._graphs.last.index_copy_(0, slots, tokens if len(final) == len(drawn) else tokens[self._on_device(final)])
         return tokens
+
+    def _on_device(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values).to(self._device, non_blocking=True)
 
     def _to_host(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -185,60 +206,34 @@ class CudaStage(LlamaStage):
 
     # Landing
 
-    def _drain(self) -> None:
-        """Waits until every step under way has landed."""
-        with self._landed:
-            self._landed.wait_for(lambda: self._in_flight == 0)
-            self._detailed_under_way = False
-
-    def _land(self) -> None:
-        torch.cuda.set_device(self._device)
-        while (flight := self._flights.get()) is not None:
-            self._complete(flight)
-
-    def _complete(self, flight: _Flight) -> None:
-        try:
-            with torch.inference_mode():
-                result = self._result(flight)
-        except Exception as error:
-            # Whatever went wrong on the device ends this batch, not the thread that completes all of them.
-            text = f"{self._device}: {type(error).__name__}: {error}"
-            self._set_down(flight)
-            flight.pending.fail(error if isinstance(error, CakeError) else StageError(text))
-        else:
-            self._set_down(flight)
-            flight.pending.set(result)
-
-    def _set_down(self, flight: _Flight) -> None:
-        with self._landed:
-            self._in_flight -= 1
-            self._flying.subtract(row.session for row in flight.batch.rows)
-            self._landed.notify_all()
-
-    def _result(self, flight: _Flight) -> Batch:
-        flight.done.synchronize()
+    def _landed(self, flight: Flight) -> Batch:
         for step in flight.steps:
             if self._reads_tokens:
-                token = step.tokens[0]
-                step.session.tokens.append((step.session.sampled or 0) if token == SAMPLED else token)
-        if flight.host is not None and self._parts.head is None:
-            return Batch(flight.batch.rows, {"hidden": to_wire(flight.host)})
-        if flight.host is not None:
-            tokens = flight.host.tolist()
-            for step, token in zip(flight.steps, tokens, strict=True):
-                step.session.sampled = token
-            return Batch(flight.batch.rows, {"tokens": to_wire(flight.host.to(torch.int32))})
-        return self._detailed(flight)
+                known = [(step.session.sampled or 0) if token == SAMPLED else token for token in step.tokens]
+                step.session.tokens += known
+        if self._parts.head is None:
+            assert flight.host is not None  # noqa: S101 - hidden states always leave
+            return Batch(flight.batch.rows, {"hidden": host_to_wire(flight.host)})
+        if flight.logits is not None:
+            return self._detailed(flight, flight.logits)
+        tokens = [] if flight.host is None else flight.host.tolist()
+        for step in flight.steps:
+            step.session.sampled = None
+        for index, token in zip(flight.drawn, tokens, strict=True):
+            flight.steps[index].session.sampled = token
+        return Batch(flight.batch.rows, {"tokens": int32_tensor(tokens)})
 
-    def _detailed(self, flight: _Flight) -> Batch:
+    def _detailed(self, flight: Flight, logits: Tensor) -> Batch:
         """Rows that asked for log-probabilities, or whose draws depend on what was said before."""
-        assert flight.logits is not None  # noqa: S101 - one of the two is always there
-        answers = Answers(lambda x: x)
-        asked = [Asked(s.row, i, s.session.tokens, s.session.spec, (), s.session.grammar) for i, s in enumerate(flight.steps)]
-        for step, drawn in zip(flight.steps, answers.collect(flight.logits, asked), strict=True):
-            if drawn:
-                step.session.sampled = drawn[-1]
-                self._graphs.last[self._slots.get(step.row.session, 0)] = drawn[-1]
+        answers, asked, start = Answers(lambda x: x), list[Asked](), 0
+        steps = [step for step in flight.steps if step.row.want.sample]
+        for s in steps:
+            row = replace(s.row, length=s.row.want.sample)  # there are logits of what is drawn from only
+            asked.append(Asked(row, start, s.session.tokens, s.session.spec, (), s.session.grammar))
+            start += row.length
+        for step, drawn in zip(steps, answers.collect(logits, asked), strict=True):
+            step.session.sampled = drawn[-1]
+            self._graphs.last[self._slots.get(step.row.session, 0)] = drawn[-1]
         return Batch(flight.batch.rows, answers.tensors())
 
 
@@ -248,5 +243,5 @@ def _needs_history(step: Step) -> bool:
 
 
 def _is_plain(step: Step) -> bool:
-    """Whether a row asks for a token and nothing else, and nothing but the logits decides it."""
-    return step.row.want.sample == 1 and step.row.want.top < 0 and not _needs_history(step)
+    """Whether a row asks for tokens and nothing else, and nothing but the logits decides them."""
+    return step.row.want.top < 0 and not _needs_history(step)
