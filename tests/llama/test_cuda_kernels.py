@@ -157,8 +157,10 @@ def test_attention(case: dict[str, Any]) -> None:
     keys, values = normal(batch * width * BLOCK, kv_heads, dim, seed=2), normal(batch * width * BLOCK, kv_heads, dim, seed=3)
     angles = normal(512, half, seed=4)
     norms = (Norm(normal(dim, seed=5), eps), Norm(normal(dim, seed=6), eps)) if case.get("norms") else None
-    inputs = torch.tensor([[0, position, 0] for position in positions], dtype=torch.int32, device=DEVICE)
-    places = Places(inputs, blocks.to(DEVICE), angles.cos(), angles.sin())
+    inputs = torch.tensor(
+        [[0, position, batch - 1 - row] for row, position in enumerate(positions)], dtype=torch.int32, device=DEVICE
+    )
+    places = Places(inputs, blocks.flip(0).to(DEVICE), angles.cos(), angles.sin())
     scratch = Scratch.make(batch, heads, kv_heads, dim, qkv[0])
     before = keys.clone(), values.clone()
     for _ in range(2):  # the counters have to be as they were

@@ -172,7 +172,7 @@ class LlamaStage:
         for row in batch.rows:
             session = self._continued(row)
             own = slice(start, start + row.length)
-            steps.append(Step(row, session, start, self._resolve(session, tokens[own]), targets[own]))
+            steps.append(Step(row, session, start, self._resolve(row.session, tokens[own]), targets[own]))
             needed += self._cache.needed(session.table, row.position + row.length)
             start += row.length
         if self._cache.keys:
@@ -201,12 +201,13 @@ class LlamaStage:
             raise StageError(f"{name} hold an id outside the vocabulary of {self._config.vocab_size}")
         return found
 
-    def _resolve(self, session: Session, tokens: Sequence[int]) -> Sequence[int]:
+    def _resolve(self, session: int, tokens: Sequence[int]) -> Sequence[int]:
         if SAMPLED not in tokens:
             return tokens
-        if tokens[0] != SAMPLED or SAMPLED in tokens[1:] or session.sampled is None or self._parts.embedding is None:
+        sampled = self._find(session).sampled
+        if tokens[0] != SAMPLED or SAMPLED in tokens[1:] or sampled is None or self._parts.embedding is None:
             raise StageError("a token to be taken from the last draw, where there was none")
-        return [session.sampled, *tokens[1:]]
+        return [sampled, *tokens[1:]]
 
     def _run(self, batch: Batch, steps: Sequence[Step]) -> Batch:
         plan = self._plan(steps)

@@ -32,9 +32,13 @@ def host_to_wire(host: torch.Tensor) -> Tensor:
     return Tensor(FROM_TORCH[host.dtype], tuple(host.shape), bytes_of(host) if host.numel() else b"")
 
 
-def on_host(tensor: Tensor, pinned: bool = False) -> torch.Tensor:
-    """A torch tensor that shares the memory, or `pinned`, a copy in page-locked memory: copied to a device from there, without
-    waiting, it does not hold up the caller until that has done all it was given before. Raises StageError."""
+_STAGED = 64 * 1024
+"""Bytes up to which CUDA takes a copy from ordinary memory at once, whatever the device has under way."""
+
+
+def on_host(tensor: Tensor, for_device: bool = False) -> torch.Tensor:
+    """A torch tensor that shares the memory; or `for_device`, one from which a copy to a device, without waiting, does not hold
+    up the caller until that has done all it was given before. Raises StageError."""
     kind = TO_TORCH.get(tensor.dtype)
     if kind is None:
         raise StageError(f"a {tensor.dtype} tensor cannot be used here")
@@ -44,13 +48,17 @@ def on_host(tensor: Tensor, pinned: bool = False) -> torch.Tensor:
     # torch wants memory it may write to; what the wire delivers is, bytes from elsewhere are copied.
     buffer = bytearray(view) if view.readonly else view
     host = torch.frombuffer(buffer, dtype=torch.uint8).view(kind).view(tensor.shape)
-    return torch.empty(tensor.shape, dtype=kind, pin_memory=True).copy_(host) if pinned else host
+    if not for_device or view.nbytes <= _STAGED:
+        return host
+    locked = torch.empty(tensor.shape, dtype=kind, pin_memory=True)
+    bytes_of(locked)[:] = view  # not by torch, which would wake a thread on every core for it
+    return locked
 
 
 def from_wire(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A torch tensor on `device`, sharing memory where it stays on the host with its dtype. Raises StageError."""
     if device.type == "cuda":
-        there = on_host(tensor, pinned=True).to(device, non_blocking=True)
+        there = on_host(tensor, for_device=True).to(device, non_blocking=True)
         return there if dtype is None else there.to(dtype)
     return on_host(tensor).to(device=device, dtype=dtype)
 

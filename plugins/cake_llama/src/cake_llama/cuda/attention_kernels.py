@@ -119,9 +119,10 @@ def attention_kernel(
 ):  # fmt: skip
     """One program for each row, key head and split of its positions; out [B, H, D].
 
-    `half`: rotated dimensions / 2; cos and sin are [positions, half]. `inputs` i32 [B, 3] has the position second. A row
-    whose table begins with -1 writes nothing. partial [B, H, splits, D] f32, stats [B, H, splits, 2] f32 (largest score,
-    sum of exponentials), counters i32 [B, KVH], zero before and after. `members`: G, up to a power of two.
+    `half`: rotated dimensions / 2; cos and sin are [positions, half]. `inputs` i32 [B, 3] has the position second and third
+    which table is the row's. A row whose table begins with -1 writes nothing. partial [B, H, splits, D] f32, stats
+    [B, H, splits, 2] f32 (largest score, sum of exponentials), counters i32 [B, KVH], zero before and after. `members`: G, up
+    to a power of two.
     """
     launch_next(pdl)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -147,7 +148,7 @@ def attention_kernel(
         dim, half, parts, has_norm, dtype,
     )  # fmt: skip
     q = tl.where(q_mask, q, 0.0).to(dtype)
-    row_table = table_ptr + row * table_width
+    row_table = table_ptr + tl.load(inputs_ptr + 3 * row + 2) * table_width
     best, total, sums = _attend_cached(
         q, keys_ptr, values_ptr, row_table, begin, end, kv_head, scale, kv_heads, dim, padded, block, span
     )

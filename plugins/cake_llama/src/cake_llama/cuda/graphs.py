@@ -24,6 +24,8 @@ from cake_llama.rotary import Rotary
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes that get a graph; a batch takes the smallest that holds it."""
+SLOTS = 1024
+"""Places for sessions on the device. The first belongs to rows of a graph that nobody uses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,6 @@ class Entry:
 class _Graph:
     inputs: Tensor  # i32 [B, 3]: token, position, slot
     hidden_in: Tensor  # [B, hidden_size]
-    table: Tensor  # i32 [B, width]
-    held: list[int]  # the version of the blocks that each row of the table shows, 0 for none
     out: Tensor  # hidden [B, hidden_size], or logits f32 [B, vocabulary]
     best: Tensor | None  # i64 [B]: the most likely token, where the stage has the head
     scratch: Scratch  # a graph writes to addresses: what it uses has to live as long as it does
@@ -76,8 +76,11 @@ class Graphs:
         cos, sin = rotary.angles(positions, positions + 1)
         self.angles = cos.contiguous(), sin.contiguous()
         """Of every position, f32 [context, half] each."""
-        self.last = torch.zeros(4096, dtype=torch.int64, device=self._device)
-        """The token drawn last, by session slot; slot 0 belongs to unused rows."""
+        self.last = torch.zeros(SLOTS, dtype=torch.int64, device=self._device)
+        """The token drawn last, by slot."""
+        self._tables = torch.full((SLOTS, -(-context // BLOCK)), -1, dtype=torch.int32, device=self._device)
+        """The blocks of each session, by slot."""
+        self._shown = [0] * SLOTS  # which version of them
 
     def ready(self, rows: int) -> bool:
         """Whether the graph for so many rows exists; capturing one allows no other work on the device."""
@@ -86,7 +89,7 @@ class Graphs:
     def run(self, entries: Sequence[Entry], hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Launches a step and returns (hidden states or f32 logits, most likely tokens), valid until the next step.
 
-        `hidden` may be in page-locked memory of the host.
+        `hidden` may be on the host (`wire.on_host` for a device).
         """
         size = next(size for size in SIZES if size >= len(entries))
         graph = self._graphs.get(size)
@@ -94,7 +97,7 @@ class Graphs:
             graph = self._graphs[size] = self._capture(size)
         rows = [(e.token, e.position, e.slot) for e in entries] + [(0, 0, 0)] * (size - len(entries))
         graph.inputs.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
-        self._show_tables(graph, entries)
+        self._show_tables(entries)
         if hidden is not None:
             graph.hidden_in[: len(entries)].copy_(hidden, non_blocking=True)
         if graph.graph is not None:
@@ -102,26 +105,20 @@ class Graphs:
         count = len(entries)
         return graph.out[:count], None if graph.best is None else graph.best[:count]
 
-    def _show_tables(self, graph: _Graph, entries: Sequence[Entry]) -> None:
-        """Brings the device's tables up to date: only rows whose blocks changed since the last step."""
-        for row, entry in enumerate(entries):
-            blocks = entry.table.blocks
-            if graph.held[row] != entry.table.version:
-                graph.held[row] = entry.table.version
-                graph.table[row, : len(blocks)].copy_(torch.tensor(blocks, dtype=torch.int32), non_blocking=True)
-        for row in range(len(entries), len(graph.held)):
-            if graph.held[row]:
-                graph.held[row] = 0
-                graph.table[row].fill_(-1)
+    def _show_tables(self, entries: Sequence[Entry]) -> None:
+        """Brings the device's tables up to date: those of sessions whose blocks changed since their last step."""
+        for entry in entries:
+            if self._shown[entry.slot] != entry.table.version:
+                self._shown[entry.slot] = entry.table.version
+                blocks = torch.tensor(entry.table.blocks, dtype=torch.int32)
+                self._tables[entry.slot, : len(blocks)].copy_(blocks, non_blocking=True)
 
     def _capture(self, size: int) -> _Graph:
         config, device = self._config, self._device
-        width = -(-self._context // BLOCK)
         inputs = torch.zeros((size, 3), dtype=torch.int32, device=device)
         hidden_in = torch.zeros((size, config.hidden_size), dtype=self._dtype, device=device)
-        table = torch.full((size, width), -1, dtype=torch.int32, device=device)
         scratch = Scratch.make(size, config.num_heads, config.num_kv_heads, config.head_dim, hidden_in)
-        graph = _Graph(inputs, hidden_in, table, [0] * size, hidden_in, None, scratch)
+        graph = _Graph(inputs, hidden_in, hidden_in, None, scratch)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -142,7 +139,7 @@ class Graphs:
             x = parts.embedding[ids].to(self._dtype)
         else:
             x = graph.hidden_in.clone()
-        places = Places(inputs, graph.table, *self.angles)
+        places = Places(inputs, self._tables, *self.angles)
         run = self._blocks_one if len(x) == 1 else self._blocks_many
         x, delta = run(x, places, scratch)
         if parts.norm is None:

@@ -132,11 +132,11 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the rows of a step are: `inputs` i32 [B, 3] with their positions second, `table` i32 [B, width] of cache blocks
-    (-1: an unused row)."""
+    """Where the rows of a step are: `inputs` i32 [B, 3] with their positions second and their slots third, `tables` i32
+    [slots, width] of cache blocks (-1: an unused row's)."""
 
     inputs: Tensor
-    table: Tensor
+    tables: Tensor
     cos: Tensor  # [positions, half] f32
     sin: Tensor
 
@@ -152,7 +152,7 @@ def attend(
     q_norm, k_norm = (norms[0].weight, norms[1].weight) if norms else (None, None)
     early, options = launching(qkv)
     attention_kernels.attention_kernel[(batch, kv_heads, scratch.splits)](
-        qkv, keys, values, places.cos, places.sin, q_norm, k_norm, places.inputs, places.table, places.table.shape[1],
+        qkv, keys, values, places.cos, places.sin, q_norm, k_norm, places.inputs, places.tables, places.tables.shape[1],
         scratch.partial, scratch.stats, scratch.counters, scratch.attended, norms[0].eps if norms else 0.0, dim**-0.5,
         window or 1 << 30, batch, heads, kv_heads, dim, places.cos.shape[1], triton.next_power_of_2(dim), BLOCK,
         scratch.splits, _SPAN, len(qkv), triton.next_power_of_2(heads // kv_heads), norms is not None, early, num_warps=2,

@@ -17,12 +17,12 @@ from cake_llama.attention import RowPlan
 from cake_llama.cache import KvCache
 from cake_llama.cuda.draws import Draws
 from cake_llama.cuda.flights import Flight, Flights
-from cake_llama.cuda.graphs import SIZES, Entry, Graphs, most_likely
+from cake_llama.cuda.graphs import SIZES, SLOTS, Entry, Graphs, most_likely
 from cake_llama.cuda.prompts import Prompts
 from cake_llama.cuda.rows import draws_left, rows_of, woven
 from cake_llama.model import Parts
 from cake_llama.rotary import Rotary
-from cake_llama.stage import LlamaStage, Session, StageSpec, Step
+from cake_llama.stage import LlamaStage, StageSpec, Step
 from cake_llama.wire import SCALED, as_sent, hidden_from_wire, host_to_wire, on_host
 
 WAITED_FOR = 4
@@ -39,7 +39,7 @@ class CudaStage(LlamaStage):
         self._graphs = Graphs(spec.config, parts, cache, rotary, spec.context, self._dtype)
         self._prompts = Prompts(spec.config, parts, cache, self._graphs.angles, self._dtype)
         self._slots: dict[int, int] = {}
-        self._free_slots = list(range(len(self._graphs.last) - 1, 0, -1))
+        self._free_slots = list(range(SLOTS - 1, 0, -1))
         self._flights = Flights(self._device, self._landed)
 
     # Sessions
@@ -48,7 +48,7 @@ class CudaStage(LlamaStage):
         if parent is not None:
             self._flights.drain()
         if not self._free_slots:
-            raise StageError(f"more than {len(self._graphs.last) - 1} sessions at once")
+            raise StageError(f"more than {SLOTS - 1} sessions at once")
         kept = super().open(session, spec, parent, length)
         self._slots[session] = self._free_slots.pop()
         return kept
@@ -122,10 +122,10 @@ class CudaStage(LlamaStage):
         flight.done.record()
 
     def _incoming(self, batch: Batch, for_graph: bool) -> Tensor:
-        """Hidden states [T, hidden_size]; for a graph, which copies them, in page-locked memory."""
+        """Hidden states [T, hidden_size]; for a graph, which copies them, on the host."""
         sent = batch.tensors["hidden"]
         if for_graph and sent.dtype != SCALED:
-            return on_host(sent, pinned=True)
+            return on_host(sent, for_device=True)
         return hidden_from_wire(sent, self._device, self._dtype)
 
     def _entry(self, step: Step) -> Entry:
@@ -145,10 +145,9 @@ class CudaStage(LlamaStage):
         own = hidden if hidden is None or all_of_it else rows_of(hidden, steps)
         return self._prompts.run(rows, [token for step in steps for token in step.tokens], own)
 
-    def _resolve(self, session: Session, tokens: Sequence[int]) -> Sequence[int]:
+    def _resolve(self, session: int, tokens: Sequence[int]) -> Sequence[int]:
         """The token drawn last is taken on the device; what it was is known when its step has landed."""
-        own = [number for number, found in self._sessions.items() if found is session]
-        if list(tokens) == [SAMPLED] and self.runs_ahead and any(map(self._flights.has, own)):
+        if list(tokens) == [SAMPLED] and self.runs_ahead and self._flights.has(session):
             return tokens
         return super()._resolve(session, tokens)
 
