@@ -9,7 +9,7 @@ from cake_core.stages.stage import RemoteStage, Stage
 
 CHUNK, GPU_CHUNK = 512, 2048
 """Prompt positions a batch: what nobody else has to wait for longer than."""
-PIECE, GPU_PIECE = 64, 512
+PIECE, GPU_PIECE = 64, 1024
 """Prompt positions below which a batch costs no less: reading the weights takes longer than computing with them."""
 ROWS, GPU_ROWS = 64, 128
 """Sequences that are decoded at once: on a GPU a step of many takes hardly longer than a step of one."""
@@ -25,5 +25,4 @@ def fitting_limits(stages: Sequence[Stage]) -> Limits:
     rows, chunk, piece = (GPU_ROWS, GPU_CHUNK, GPU_PIECE) if fast else (ROWS, CHUNK, PIECE)
     if not any(isinstance(stage, RemoteStage) for stage in stages):
         return Limits(rows=rows, chunk=chunk, piece=piece)
-    pieces = (4 if fast else 8) * nodes
-    return Limits(rows=rows, depth=nodes + fast, chunk=chunk, piece=piece, pieces=pieces, chunks=4 * nodes)
+    return Limits(rows=rows, depth=nodes + fast, chunk=chunk, piece=piece, pieces=8 * nodes, chunks=4 * nodes)
