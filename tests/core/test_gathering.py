@@ -16,6 +16,7 @@ from cake_core.cluster.gathering import Gathered, Search, Wishes, gather, usable
 from cake_core.cluster.survey import Surveyed, survey
 from cake_core.errors import CapacityError, ConfigError
 from cake_core.events import TokenEvent
+from cake_core.links.link import LinkTiming
 from cake_core.links.reports import read_memory
 from cake_core.model import LoadOptions
 from cake_core.planners import PlanRequest
@@ -277,3 +278,10 @@ def test_what_the_plan_asks_for_is_loaded_unless_somebody_said_otherwise(
     monkeypatch.setattr("cake_core.cli.gather.gathered_topology", lambda *_: Gathered(Topology(), kv_tokens=64))
     spec = ModelFlags(kv_tokens=asked).run_spec(farm.plugins, model, connector=Way(farm))  # type: ignore[arg-type]
     assert spec.options.kv_tokens == told
+
+
+def test_how_long_a_worker_may_be_silent_can_be_said(monkeypatch: pytest.MonkeyPatch, farm: Farm, model: Checkpoint) -> None:
+    monkeypatch.setattr("cake_core.cli.gather.gathered_topology", lambda *_: Gathered(Topology()))
+    for seconds in (10.0, 5.0):
+        flags = ModelFlags() if seconds == LinkTiming().dead else ModelFlags(silence_timeout=seconds)
+        assert flags.run_spec(farm.plugins, model, connector=Way(farm)).timing == LinkTiming(dead=seconds)  # type: ignore[arg-type]

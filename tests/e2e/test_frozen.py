@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from cake_core.checkpoint import Checkpoint
+from cake_core.cluster.chain import Way
 from cake_core.engine.scheduler import Limits
 from cake_core.errors import NodeError
 from cake_core.events import Failed, Finished, TextEvent, TokenEvent
 from cake_core.links.connect import Connector, Keyring
+from cake_core.links.link import LinkTiming
 from cake_core.plugins import Plugins
 from cake_core.requests import SamplingParams, TextRequest
 from cake_core.runtime import RunSpec, TextRuntime, open_text
@@ -53,7 +55,7 @@ class Rig:
         self._env = {**home, "CAKE_CLUSTER_KEY": KEY}
         self._addresses: dict[str, str] = {}
 
-    def open(self, stages: int, rejoin: float) -> TextRuntime:
+    def open(self, stages: int, rejoin: float, silence: float = 10.0, route: Way = "chain") -> TextRuntime:
         nodes = {f"w{index}": layers for index, layers in enumerate(CUTS[stages])}
         self._addresses = {name: self._pick() for name in nodes}
         topology = self._folder / "topology.yml"
@@ -64,8 +66,8 @@ class Rig:
         plugins = Plugins()
         connector = Connector(plugins, Keyring(KEY, self._folder, False, lambda _: None))
         spec = RunSpec(
-            self.model, load_topology(topology), dial=connector.dial, wait=60, rejoin=rejoin, route="chain",
-            limits=Limits(prefixes=0),
+            self.model, load_topology(topology), dial=connector.dial, wait=60, rejoin=rejoin, route=route,
+            limits=Limits(prefixes=0), timing=LinkTiming(dead=silence),
         )  # fmt: skip
         return open_text(plugins, spec)
 
@@ -160,3 +162,20 @@ def test_a_worker_that_stays_frozen_ends_its_request_with_its_name(rig: Rig) -> 
         rig.signal("w0", signal.SIGCONT)
         wait_until(lambda: holds_nothing(runtime), 60)
         assert isinstance(drain(submit(runtime), 10 * TOKENS, 60)[1], Finished), "new requests need no restart of anything"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(("stages", "route"), [(2, "star"), (3, "chain")])
+def test_an_error_comes_within_ten_seconds_where_that_is_wanted(
+    rig: Rig, number: signal.Signals, stages: int, route: Way
+) -> None:
+    """With the settings of docs/operations.md."""
+    with closing(rig.open(stages, rejoin=3.0, silence=5.0, route=route)) as runtime:
+        events = submit(runtime)
+        drain(events, BEFORE, 60)
+        rig.signal("w1", number)
+        _, end = drain(events, 10 * TOKENS, 10)
+        assert isinstance(end, Failed), end
+        assert isinstance(end.error, NodeError)
+        assert "w1" in str(end.error)

@@ -57,6 +57,10 @@ GROUPS: Mapping[str, tuple[Callable[[F], F], ...]] = {
         option(CLUSTER, "--wait", type=float, default=10, metavar="S", show_default=True, help="Seconds to wait for workers."),
         option(CLUSTER, "--rejoin-timeout", type=float, default=30, metavar="S", help="Wait for a lost worker."),
         option(
+            CLUSTER, "--silence-timeout", type=click.FloatRange(min=4), default=10, show_default=True, metavar="S",
+            help="Take a worker that says nothing for so long for lost.",
+        ),
+        option(
             CLUSTER, "--on-loss", type=click.Choice(["wait", "replan"]), default="wait", show_default=True,
             help="Wait for a lost worker, or place its layers on others that have memory to spare.",
         ),

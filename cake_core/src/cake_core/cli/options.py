@@ -60,6 +60,7 @@ class ModelFlags:
     plan_for: Literal["latency", "throughput"] = "latency"
     wait: float = 10.0
     rejoin_timeout: float = 30.0
+    silence_timeout: float = 10.0
     on_loss: Literal["wait", "replan"] = "wait"
     wire_dtype: str = "auto"
     speculate: str = "auto"
@@ -136,6 +137,7 @@ class ModelFlags:
         """Everything `open_text` and `open_image` want; workers without layers are looked for and given some."""
         from cake_core.cli.gather import gathered_topology
         from cake_core.cli.machine import prober
+        from cake_core.links.link import LinkTiming
         from cake_core.runtime import RunSpec
         from cake_core.topology import MASTER
 
@@ -158,6 +160,7 @@ class ModelFlags:
             on_loss=self.on_loss,
             spares=gathered.spares,
             profile=functools.partial(prober(plugins, options).node, MASTER),
+            timing=LinkTiming(dead=self.silence_timeout),
             progress=progress,
         )
 
