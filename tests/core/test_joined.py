@@ -234,6 +234,26 @@ def ask(link: Link) -> Any:
     return link.ask(Type.JOIN, {"ticket": TICKET}).result(PATIENCE)
 
 
+def test_who_finds_no_master_is_told_what_to_start(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("click.echo", lambda text, **_: said.append(text))
+    address, stop = meeting.address, Stop()
+    meeting.connector.close()  # nobody listens there any more
+    monkeypatch.setattr("cake_core.cli.worker.REDIAL", (0.01, 0.01))
+    dialled: list[bytes] = []
+
+    def dial(ticket: bytes) -> Channel:
+        dialled.append(ticket)
+        if len(dialled) == 3:
+            stop.event.set()
+        return meeting.dial(ticket)
+
+    keep_joined(Worker(meeting.plugins, BareSpec("w", Means(Store(meeting.folder / "cache"))), FAST), dial, address, stop)
+    assert len(said) == 1, "and not again at each attempt"
+    assert "cannot join yet" in said[0]
+    assert "start the master there with --listen" in said[0]
+
+
 def test_a_worker_dials_nobody_but_for_weights_that_are_on_their_way(meeting: Meeting) -> None:
     meeting.worker()
     link = Link(meeting.connector.joined("w", PATIENCE), "w", refuse, lambda _link, _error: None, FAST)

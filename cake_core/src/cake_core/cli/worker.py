@@ -18,7 +18,7 @@ from cake_core.cli.console import Bars, human_bytes, human_seconds, parse_size
 from cake_core.cli.opening import loading, take_short_turns
 from cake_core.cli.options import ModelFlags, model_options
 from cake_core.cli.sections import SectionedCommand, option
-from cake_core.errors import CakeError, ConfigError
+from cake_core.errors import CakeError, ConfigError, NodeUnreachable
 
 if TYPE_CHECKING:
     from cake_core.cluster.discovery import Announcement
@@ -223,9 +223,12 @@ def keep_joined(served: Worker, dial: Again, master: Address, stop: Stop) -> Non
         try:
             link = served.adopt(dial(b""), dial)
         except CakeError as error:
-            if str(error) != told:
-                click.echo(f"cannot join yet: {error}", err=True)
-                told = str(error)
+            why = str(error)
+            if isinstance(error, NodeUnreachable):  # its remedy is for who looks for a worker
+                why = f"{why.partition(';')[0]}; start the master there with --listen, and check the port"
+            if why != told:
+                click.echo(f"cannot join yet: {why}", err=True)
+                told = why
             pause = min(2 * pause, REDIAL[1])
         else:
             click.echo(f"joined {master}")
