@@ -24,10 +24,9 @@ from cake_core.model import LoadOptions
 from cake_core.plugins import Plugins
 from cake_core.runtime import RunSpec, TextRuntime, open_text
 from cake_core.testing.cluster import FAST
-from cake_core.testing.memory import MemoryTransport
 from cake_core.testing.toys import write_toy_checkpoint
 from cake_core.topology import parse_topology
-from cake_core.transport import Address, Channel
+from cake_core.transport import Address, Channel, Transport
 from cake_core.weights import transfer
 from cake_core.weights.store import Store
 from cake_core.weights.supply import ImageSupply, LinkSource
@@ -50,19 +49,19 @@ class Stop:
 class Meeting:
     """A master that listens, and workers that dial it; nobody listens anywhere else."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, transport: Transport) -> None:
         self.folder = folder
-        transport = MemoryTransport()
+        self.anywhere = Address("127.0.0.1", 0, transport.scheme)
 
         class Hooks:
             @hookimpl
-            def cake_register_transports(self) -> list[MemoryTransport]:
+            def cake_register_transports(self) -> list[Transport]:
                 return [transport]
 
         self.plugins = Plugins(entries=())
         self.plugins.register("memory", Hooks())
         self.keyring = Keyring(KEY.text, folder, insecure=False, announce=lambda _: None)
-        self.connector = Connector(self.plugins, self.keyring, ["w"], Address("master", 0, "memory"))
+        self.connector = Connector(self.plugins, self.keyring, ["w"], self.anywhere)
         self._ends: list[Callable[[], object]] = [self.connector.close]
 
     @property
@@ -102,9 +101,9 @@ class Meeting:
 
 
 @pytest.fixture
-def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
+def meeting(tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     monkeypatch.setattr("click.echo", lambda *_, **__: None)  # a worker says that it joined, whenever its thread does
-    made = Meeting(tmp_path)
+    made = Meeting(tmp_path, transport)
     yield made
     made.close()
 
@@ -268,7 +267,7 @@ def test_a_worker_is_invited_so_often_and_not_by_who_dialled_it(meeting: Meeting
     stay = threading.Event()
     model = write_toy_checkpoint(meeting.folder / "model")
     worker = Worker(meeting.plugins, BareSpec("w", Means(Store(meeting.folder / "cache"))), FAST)
-    gate = open_gate(meeting.plugins, meeting.keyring, Address("w", 0, "memory"), "w")
+    gate = open_gate(meeting.plugins, meeting.keyring, meeting.anywhere, "w")
     threading.Thread(target=worker.serve, args=(gate,), daemon=True).start()
     channel = Connector(meeting.plugins, meeting.keyring).dial(gate.address, 5.0)
     link = Link(channel, "w", lambda *_: None, lambda *_: None, FAST)
