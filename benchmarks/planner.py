@@ -4,7 +4,7 @@
 
 Every node measures itself and the links are surveyed as `cake topology plan` does; then each cut is predicted, run with
 `cake bench text`, and compared. The plan for the same profiles is run too, beside the best of the
-cuts. With `--threads 1 --kernels scalar` the master is slow, and a cluster is worth while.
+cuts. With `--threads 1 --kernels scalar` the master is slow, so that a cluster may be worth while.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="random:smollm2-135m")
     parser.add_argument("--threads", type=int, default=2, help="of the master")
-    parser.add_argument("--kernels", default="", help="of the master: with `scalar` it is slow, and workers pay")
+    parser.add_argument("--kernels", default="", help="of the master: with `scalar` it is slow")
     parser.add_argument("--rounds", type=int, default=2, help="of all cuts, one after the other: processes differ")
     given = parser.parse_args()
     plugins = Plugins()

@@ -10,6 +10,11 @@ from tests.core.planner_rig import BruteForce, random_cluster, random_model
 
 from cake_core.errors import CapacityError
 from cake_core.planners import PlanRequest, plan, ways
+from cake_core.planners.costs import model_costs
+from cake_core.planners.fronts import steps
+from cake_core.planners.orders import climb
+from cake_core.planners.report import step_seconds
+from cake_core.planners.search import Rules, Search, every_order, one_order
 
 CONTEXT = 2048
 
@@ -47,6 +52,29 @@ def test_as_good_as_trying_everything(objective, chain):
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_six_nodes_and_twelve_layers(objective, chain):
     assert compare(5, 9, 5, objective, chain)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("chain", [False, True], ids=["star", "chain"])
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_eight_nodes(objective, chain, seed):
+    assert compare(20 + seed, 4, 7, objective, chain)
+
+
+def test_orders_of_a_chain_are_climbed_to_the_best():
+    """From the first order that has room at all to what trying every set finds."""
+    for seed in range(8):
+        rng = random.Random(100 + seed)
+        info = random_model(rng, 12, even=True)
+        costs = model_costs(info, random_cluster(rng, info, 7, small=0.2), PlanRequest(CONTEXT, chain=True))
+        search = Search(costs, Rules())
+        workers = list(range(1, 8))
+        first = one_order(search, workers)
+        best = every_order(search, workers)
+        found = climb(search, workers, first)
+        assert found == climb(search, workers, first)
+        assert best[0] == pytest.approx(found[0]) if first[1] else first[0] == math.inf
+        assert found[1] is None or step_seconds(costs, steps(found[1])) == pytest.approx(found[0])
 
 
 @pytest.mark.parametrize("chain", [False, True], ids=["star", "chain"])

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from cake_core.errors import CapacityError
 from cake_core.planners.costs import Costs
 from cake_core.planners.fronts import NOTHING, Found, Step, Way, steps
+from cake_core.planners.orders import climb
 from cake_core.planners.request import PlanRequest
 from cake_core.planners.search import MASTER_INDEX, Pin, Rules, Search, every_order, one_order
 from cake_core.planners.throughput import period_of, shortest_period
 
 EXACT_WORKERS = 8
-MOVES = 150
-"""Changes of an order that are tried for a chain."""
 FOLLOWED = 30_000
 """Sets of workers of each size that are followed beyond, times workers and layers."""
 PRICES = (0.0, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7)
@@ -85,37 +83,7 @@ def _fastest(costs: Costs, rules: Rules, workers: Sequence[int], orders: Iterabl
     followed = FOLLOWED if rules.period == math.inf else FOLLOWED // 4
     width = max(4, followed // (len(workers) * costs.layers))
     found = every_order(search, workers, width, min(tried, key=lambda found: found[0]))
-    return _climb(search, workers, found) if costs.chain else found
-
-
-def _climb(search: Search, workers: Sequence[int], best: Found) -> Found:
-    """Moves one worker at a time to where it makes a chain cheaper, those first that shorten its hops the most."""
-    tries = 0
-    while tries < MOVES:
-        before = best[0]
-        for order in _moves(search.costs, workers, best[1]):
-            best, tries = min(best, one_order(search, order), key=lambda found: found[0]), tries + 1
-            if best[0] < before or tries == MOVES:
-                break
-        else:
-            break
-    return best
-
-
-def _moves(costs: Costs, workers: Sequence[int], way: Way | None) -> list[list[int]]:
-    """Orders with one worker of the way elsewhere, in the place of another, or new in it."""
-    used = [node for node in dict.fromkeys(step[0] for step in steps(way)) if node != MASTER_INDEX]
-
-    def hops(order: Sequence[int]) -> float:
-        visited = [MASTER_INDEX, *order, MASTER_INDEX]
-        return sum(costs.hop[one][other] for one, other in pairwise(visited))
-
-    orders = set()
-    for node in workers:
-        rest = [other for other in used if other != node]
-        orders |= {(*rest[:place], node, *rest[place:]) for place in range(len(rest) + 1)}
-        orders |= {(*rest[:place], node, *rest[place + 1 :]) for place in range(len(rest))}
-    return sorted(map(list, orders - {tuple(used)}), key=hops)
+    return climb(search, workers, found) if costs.chain else found
 
 
 def _busiest(costs: Costs, rules: Rules, workers: Sequence[int]) -> Found:
