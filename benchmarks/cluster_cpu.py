@@ -5,6 +5,9 @@
 
 Both sides take turns at the same request. The workers hold all layers; the master, this process, only carries. "Computing" is
 what all stages together say that they computed in a whole turn, prompt included, and "else" the rest of it, for each token.
+
+With --peer, --peer-server and --peer-libraries (see `rpc_peer.py`) llama.cpp does the same, alone and over its RPC, for a GGUF
+file, taking turns with ours.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from nodes import workers
+from rpc_peer import Client, Peer, clients
 
 from cake_core.events import TokenEvent
 from cake_core.model import LoadOptions
@@ -59,6 +65,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer", help="a Python with llama-cpp-python")
+    parser.add_argument("--peer-server", type=Path, help="llama.cpp's ggml-rpc-server")
+    parser.add_argument("--peer-libraries", type=Path, help="the folder of its libllama and libggml")
     given = parser.parse_args()
     model = str(given.model or packaged_default())
     checkpoint = PLUGINS.resolve(model)
@@ -67,13 +76,23 @@ def main() -> None:
     layers = sum(layer.name.startswith("model.layers.") for layer in info.layers)
     flags = ["--threads", "1", "--context", "2048", "--quantize", given.quantize]
     alone = open_text(PLUGINS, RunSpec(checkpoint, Topology(), options))
-    with workers(PLUGINS, model, cut(layers, given.nodes), flags) as spec:
+    theirs: dict[str, tuple[Client, list[tuple[float, float]]]] = {}
+    with ExitStack() as stack:
+        if given.peer:
+            peer, file = Peer(given.peer, given.peer_server, given.peer_libraries), checkpoint.path
+            both = stack.enter_context(clients(peer, file, given.nodes, given.prompt, given.tokens))
+            theirs = {side: (client, []) for side, client in zip(("llama.cpp", "its RPC"), both, strict=True)}
+        spec = stack.enter_context(workers(PLUGINS, model, cut(layers, given.nodes), flags))
         together = open_text(PLUGINS, replace(spec, options=options))
         sides = {"one process": alone, f"{given.nodes} workers": together}
         turns = {side: [one_turn(runtime, given.prompt, given.tokens, 0)] for side, runtime in sides.items()}
+        for client, _ in theirs.values():
+            client.turn(0)
         for salt in range(1, given.rounds + 1):
             for side, runtime in sides.items():
                 turns[side].append(one_turn(runtime, given.prompt, given.tokens, salt))
+            for client, found in theirs.values():
+                found.append(client.turn(salt))
         together.close()
     alone.close()
     print(f"{info.name}, prompt {given.prompt}, {given.tokens} tokens, {given.rounds} rounds")
@@ -87,6 +106,13 @@ def main() -> None:
         each.append(token)
     one, many = each
     print(f"kept {100 * one / many:.1f} %, {1e3 * (many - one):.3f} ms a token more")
+    if theirs:
+        each = []
+        for side, (_, took) in theirs.items():
+            first, token = (statistics.median(column) for column in zip(*took, strict=True))
+            each.append(token)
+            print(f"{side:12} first token {1e3 * first:8.1f} ms   a token {1e3 * token:7.3f} ms   {1 / token:6.1f} tokens/s")
+        print(f"kept {100 * each[0] / each[1]:.1f} %, {1e3 * (each[1] - each[0]):.3f} ms a token more")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main() -> None:
             options = LoadOptions(device="cpu", threads=given.threads, context=2048)
             running = open_text(Plugins(), RunSpec(GgufCheckpoint(path), Topology(), options))
             sides: dict[str, Callable[[int], float]] = {
-                "ours": lambda salt, engine=running.engine: one_turn(engine, given.prompt, given.tokens, salt)[1],  # type: ignore[misc]
+                "ours": lambda salt, runtime=running: one_turn(runtime, given.prompt, given.tokens, salt)[1],  # type: ignore[misc]
                 "theirs": theirs(folder / "hf", kind, given.prompt, given.tokens),
                 "products": products(path, kind, given.threads),
             }
