@@ -11,7 +11,7 @@ from functools import partial
 from itertools import chain
 
 from cake_core.cluster.chain import Leg, Places, Route, Router
-from cake_core.errors import CakeError, NodeLost, StageError
+from cake_core.errors import CakeError, ChannelClosed, NodeLost, StageError
 from cake_core.model import Batch, Memory, Pending, SessionSpec
 from cake_core.stages.inputs import carried
 from cake_core.stages.stage import Stage
@@ -93,7 +93,7 @@ class Pipeline:
             try:
                 batch = _following(route, index, pending.result(), origin)
             except Exception as error:
-                done(None, _expected(error))
+                done(None, _expected(error, route.legs[index - 1]))
                 return
         done(batch, None)
 
@@ -103,7 +103,7 @@ class Pipeline:
         try:
             batch = _following(route, index, pending.result(), origin)
         except Exception as error:
-            done(None, _expected(error))
+            done(None, _expected(error, route.legs[index - 1]))
             return
         self._run(route, index, batch, origin, done)
 
@@ -161,5 +161,9 @@ def _following(route: Route, index: int, result: Batch, origin: Batch) -> Batch:
     return Batch(origin.rows, {"hidden": result.tensors["hidden"], **carried(origin.tensors)})
 
 
-def _expected(error: Exception) -> CakeError:
+def _expected(error: Exception, leg: Leg) -> CakeError:
+    """The error of a batch on this leg; a link that fell names the node, whose own thread may not have noticed yet."""
+    if isinstance(error, ChannelClosed):
+        names = [name for name, _ in leg.places]
+        return NodeLost(f"{' or '.join(names)} is gone: {error}", names[0])
     return error if isinstance(error, CakeError) else StageError(f"{type(error).__name__}: {error}")
