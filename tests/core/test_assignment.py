@@ -238,8 +238,9 @@ def test_a_model_that_nobody_serves_there_is_told_with_the_node(farm: Farm, tmp_
         {"sources": ["://"]},
         {"options": {"dtype": "f7"}},
         {"options": {"context": "long"}},
-        *({"options": {"extra": {"sd_clip": path}}} for path in ("/etc/passwd", "x.bin", "a/b", "..", "", "C:x", "x" * 65)),
+        *({"options": {"extra": {"sd_clip": path}}} for path in ("/etc/passwd", "x.bin", "a/b", "..", "", "C:x", "clip")),
         {"options": {"extra": {"sd_lora": ["x"]}}},
+        {"options": {"extra": {"sd_scheduler": "../x"}}},
     ],
 )
 def test_hostile_assignments_are_refused(change: dict[str, Any]) -> None:
@@ -278,7 +279,7 @@ def test_options_that_are_numbers_or_words_are_assigned() -> None:
         "m", "model", "image", (("unet",),), LoadOptions(extra=extra), (FileSpec("a", "0" * 64, 1, 1),)
     ).as_fields()
     assert Assignment.from_fields(sent).options.extra == extra
-    for path in ("C:x", "unet.bin", "a/b"):
+    for path in ("C:x", "unet.bin", "a/b", "unet"):
         with pytest.raises(ConfigError, match="--sd-unet cannot be assigned"):
             Assignment("m", "model", "image", (("unet",),), LoadOptions(extra={"sd_unet": path}), ()).as_fields()
 

@@ -28,6 +28,8 @@ _OPTIONS: Mapping[str, tuple[type, ...]] = {
 _DEFAULTS = LoadOptions()
 MAX_SOURCES = 64
 MAX_LAYERS = 4096
+WORDS = frozenset({"sd_version", "sd_scheduler", "sd_loop", "sd_parallel"})
+"""Switches whose values are words of a list. Of no other may a value be text: it could name a file."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}")
 
 
@@ -66,7 +68,7 @@ class Assignment:
         """Raises ConfigError for options that only make sense on the master's own disk."""
         extra = dict(self.options.extra)
         for name, value in extra.items():
-            if not _plain(value):
+            if not _plain(name, value):
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} cannot be assigned to workers; start them with --model and {option} themselves")
         options = {name: getattr(self.options, name) for name in _OPTIONS}
@@ -107,9 +109,11 @@ class Assignment:
         )
 
 
-def _plain(value: Any) -> bool:
-    """Whether a switch means the same on every machine: a number, or a word that is no path."""
-    return isinstance(value, bool | int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+def _plain(name: str, value: Any) -> bool:
+    """Whether a switch means the same on every machine."""
+    if isinstance(value, bool | int | float):
+        return True
+    return name in WORDS and isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def _stage(stage: Any) -> tuple[str, ...]:
@@ -126,6 +130,6 @@ def _options(values: Mapping[str, Any]) -> LoadOptions:
             raise ProtocolError(f"an assignment with an impossible {name}")
         known[name] = value
     extra = values.get("extra", {})
-    if not isinstance(extra, dict) or not all(_plain(value) for value in extra.values()):
+    if not isinstance(extra, dict) or not all(_plain(str(name), value) for name, value in extra.items()):
         raise ProtocolError("an assignment with impossible options")
     return LoadOptions(**known, extra={str(name): value for name, value in extra.items()})
