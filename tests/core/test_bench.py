@@ -18,10 +18,11 @@ from cake_core.testing.toys import write_toy_checkpoint
 
 @pytest.mark.parametrize(("route", "ways"), [("star", ["w0", "w1"]), ("chain", ["w0 -> w1"])])
 def test_every_stage_and_wire_is_accounted_for(tmp_path: Path, route: Way, ways: list[str]) -> None:
-    plugins, checkpoint = Plugins(entries=()), write_toy_checkpoint(tmp_path / "toy")
+    plugins, draft = Plugins(entries=()), write_toy_checkpoint(tmp_path / "draft")
+    checkpoint = write_toy_checkpoint(tmp_path / "toy", seconds_per_batch=0.005)  # or guesses might not seem worth their while
     cut = {"w0": ["model.layers.0"], "w1": ["model.layers.1-2"]}
     with LocalCluster(plugins, checkpoint, MemoryTransport(), cut) as cluster:
-        runtime = cluster.open_text(speculation=Speculation(4, everywhere=True), draft=checkpoint, route=route)
+        runtime = cluster.open_text(speculation=Speculation(4, everywhere=True), draft=draft, route=route)
         report = bench_text(runtime, Load(prompt_tokens=20, tokens=12, runs=2))
     stages = report["stages"]
     assert [stage["node"] for stage in stages] == ["master", "w0", "w1", "master"]
