@@ -10,6 +10,8 @@
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif (defined(__aarch64__) || defined(_M_ARM64)) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 static cake_ops current;
@@ -50,8 +52,12 @@ static int has_bf16(void) { return __builtin_cpu_supports("avx512bf16"); }
 static int has_dot_product(void) {
 #if defined(__linux__)
   return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; /* ASIMDDP */
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(43) != 0; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE */
+#elif defined(__APPLE__)
+  return 1; /* every Mac on ARM has it */
 #else
-  return 1; /* every 64-bit Mac and Windows machine on ARM has it */
+  return 0;
 #endif
 }
 #endif

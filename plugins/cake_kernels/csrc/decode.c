@@ -87,7 +87,7 @@ static size_t kv_size(int32_t type) { return type == CAKE_F32 ? 4 : type == CAKE
 /* Floats that a thread needs to attend. */
 static int64_t scores_size(const decode_job *job) {
   int64_t alone = (int64_t)job->queries * job->longest, together = cake_rows_scratch(job->ops->lanes, job->shape->head_dim);
-  return (alone > together ? alone : together) + 15 & ~15ll;
+  return ((alone > together ? alone : together) + 15) & ~15ll;
 }
 
 /* Rotates queries and keys, and writes keys and values into the cache. */
