@@ -35,7 +35,9 @@ def test_group_wise_product_and_rows(isa: str, kind: str, rows: int, cols: int, 
     assert np.all(np.abs(product(weights, x) - x.astype(np.float64) @ w.T) <= activation_bound(x, w) * 1.001 + slack)
 
 
-@pytest.mark.parametrize(("rows", "cols", "group"), [(16, 128, 32), (35, 320, 128), (6, 96, 96), (1, 48, 16)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group"), [(16, 128, 32), (35, 320, 128), (6, 96, 96), (1, 48, 16), (9, 72, 32), (5, 68, 32), (6, 7, 7)]
+)
 def test_8_bit_floats(isa: str, rows: int, cols: int, group: int) -> None:
     """Every finite e4m3 number, its own scale for each group of a row; activations stay f32."""
     rng = np.random.default_rng(rows)

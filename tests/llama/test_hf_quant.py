@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tests.kernels.native import available
-from tests.llama.quantized_rig import CONFIG, FORMS, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCABULARY, write
+from tests.llama.quantized_rig import CONFIG, FORMS, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCABULARY, fp8, write
 from tests.llama.test_quant import BOUND, EXACT, TOKENS, load, logprobs
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -156,6 +156,12 @@ def test_what_does_not_fit_together_is_named(made: Callable[[str], Made], tmp_pa
     config = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"q_proj\.weight should be \[256, 256\] in groups of 64, but is .*qweight"):
+        BACKEND.describe(SafetensorsCheckpoint(tmp_path / "model"), LoadOptions())
+
+
+def test_groups_that_split_a_vector_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "model", fp8((96, 24)))
+    with pytest.raises(UnsupportedModel, match=r"has groups of 24 columns of 256; served are multiples of 32"):
         BACKEND.describe(SafetensorsCheckpoint(tmp_path / "model"), LoadOptions())
 
 

@@ -31,7 +31,9 @@ enum cake_type {
   CAKE_BF16 = 30,
   CAKE_G4 = 100, /* group-wise 4 bit: (q - zero) * scale, groups of a multiple of 32 columns */
   CAKE_G8 = 101, /* the same with 8 bit */
-  CAKE_F8 = 102  /* 8-bit floats (e4m3), row after row, then f32 scales [rows, ceil(cols / group)] */
+  /* 8-bit floats (e4m3), row after row, then f32 scales [rows, ceil(cols / group)]; groups of a multiple of 16
+     columns, or of all */
+  CAKE_F8 = 102
 };
 
 /* W[rows, cols]. f32, f16, bf16 and f8 lie row after row as in the file; the others are packed by `cake_pack`. */

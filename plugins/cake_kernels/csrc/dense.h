@@ -1,7 +1,7 @@
 /* f32, f16, bf16 and f8 weights, row after row as in the file. Included once an instruction set.
 
-   bf16 weights meet activations rounded to bf16, the others f32 ones; both lie in f32, and so are the sums. The order of summation does not depend on
-   the batch. */
+   bf16 weights meet activations rounded to bf16, the others f32 ones; both lie in f32, and so are the sums. The order of
+   summation does not depend on the batch. */
 
 #define DENSE_LANES 16
 
@@ -35,6 +35,11 @@ static INLINE vf widen_tail_(const int type, const void *p, int64_t i, int32_t c
   return type == CAKE_F32 ? f_load(tail.f) : widen_type_(type, tail.h, 0);
 }
 
+/* Of a group of columns, for nr rows of W. */
+static INLINE void f8_scales_(const int nr, const float *scale, int32_t groups, vf *scales) {
+  UNROLL for (int r = 0; r < nr; r++) scales[r] = f_set(scale[r * groups] * 256.0f);
+}
+
 /* nr rows of W by mt rows of x. */
 static INLINE void dense_tile_(const int type, const int nr, const int mt, const cake_matrix *w, int32_t row, const float *x,
                                int64_t x_stride, float *y, int64_t y_stride) {
@@ -43,14 +48,14 @@ static INLINE void dense_tile_(const int type, const int nr, const int mt, const
   vf acc[DENSE_W][DENSE_ROWS];
   UNROLL for (int r = 0; r < nr; r++) UNROLL for (int m = 0; m < mt; m++) acc[r][m] = f_zero();
   vf scales[DENSE_W];
+  UNROLL for (int r = 0; r < nr; r++) scales[r] = f_zero();
   const int32_t groups = type == CAKE_F8 ? (w->cols + w->group - 1) / w->group : 0;
   const float *scale = (const float *)((const char *)w->data + (size_t)w->rows * (size_t)w->cols) + (int64_t)row * groups;
   int32_t k = 0, full = w->cols / DENSE_LANES * DENSE_LANES, next = 0;
   for (; k < full; k += DENSE_LANES) {
     if (type == CAKE_F8 && k == next) {
-      UNROLL for (int r = 0; r < nr; r++) scales[r] = f_set(scale[r * groups] * 256.0f);
+      f8_scales_(nr, scale++, groups, scales);
       next += w->group;
-      scale++;
     }
     vf b[DENSE_ROWS];
     UNROLL for (int m = 0; m < mt; m++) b[m] = f_load(x + m * x_stride + k);
@@ -62,10 +67,11 @@ static INLINE void dense_tile_(const int type, const int nr, const int mt, const
     }
   }
   if (k < w->cols) {
-    for (int m = 0; m < mt; m++) {
-      vf b = widen_tail_(CAKE_F32, x + m * x_stride, k, w->cols - k);
-      for (int r = 0; r < nr; r++)
-        acc[r][m] = f_fma(widen_tail_(type, rows + (size_t)r * (size_t)w->cols * size, k, w->cols - k), b, acc[r][m]);
+    if (type == CAKE_F8 && k == next) f8_scales_(nr, scale, groups, scales);
+    for (int r = 0; r < nr; r++) {
+      vf a = widen_tail_(type, rows + (size_t)r * (size_t)w->cols * size, k, w->cols - k);
+      if (type == CAKE_F8) a = f_mul(a, scales[r]);
+      for (int m = 0; m < mt; m++) acc[r][m] = f_fma(a, widen_tail_(CAKE_F32, x + m * x_stride, k, w->cols - k), acc[r][m]);
     }
   }
   UNROLL for (int m = 0; m < mt; m++) UNROLL for (int r = 0; r < nr; r++) y[m * y_stride + row + r] = f_sum(acc[r][m]);

@@ -192,11 +192,11 @@ class Finder:
             count = math.prod(stored.parts["scales"].shape)
             if stored.parts["codes"].shape != stored.shape or count != -(-rows // high) * -(-cols // wide):
                 raise self._damaged(stored)
+            if wide < cols and wide % UNIT:
+                raise self._uneven(name, wide, cols)
             return stored
         if cols % UNIT or stored.group < UNIT or stored.group % UNIT:
-            raise UnsupportedModel(
-                f"{self.path}: {name} has groups of {stored.group} columns of {cols}; served are multiples of {UNIT}"
-            )
+            raise self._uneven(name, stored.group, cols)
         groups = -(-cols // stored.group)
         codes = {
             "gptq": (cols * bits // 32, rows), "awq": (cols, rows * bits // 32), "packed": (rows, cols * bits // 32),
@@ -206,6 +206,9 @@ class Finder:
         if stored.parts["codes"].shape != codes or (found if len(found) == 2 else (*found, 1)) != scales:
             raise self._damaged(stored)
         return stored
+
+    def _uneven(self, name: str, group: int, cols: int) -> UnsupportedModel:
+        return UnsupportedModel(f"{self.path}: {name} has groups of {group} columns of {cols}; served are multiples of {UNIT}")
 
     def _damaged(self, stored: Stored) -> CheckpointError:
         shapes = ", ".join(f"{part.name} {list(part.shape)}" for part in stored.parts.values())
