@@ -204,7 +204,7 @@ def test_a_worker_with_layers_of_its_own_is_planned_for_what_the_topology_says(f
     loaded = read_memory(own.report["memory"][0])
     found = gathering.cluster_profile(DESK, [own]).node("own").devices[0]
     assert loaded.device == found.device
-    taken = loaded.weights + loaded.kv_tokens * loaded.kv_bytes_per_token
+    taken = loaded.weights  # a CPU commits a cache as it is written
     assert found.memory_free - DESK.devices[0].memory_free == taken > 0
 
 

@@ -244,10 +244,12 @@ def cluster_profile(master: NodeProfile, workers: Sequence[Surveyed]) -> Cluster
 
 def _emptied(profile: NodeProfile, report: Mapping[str, Any]) -> NodeProfile:
     """With the memory that is free once what the worker has loaded makes room: it serves exactly that, or something else
-    instead."""
+    instead. A KV cache on a CPU is not counted: the system commits its memory as it is written, and what was never written is
+    free already."""
     loaded = [read_memory(fields) for fields in report.get("memory", ())]
     taken = {memory.device: 0 for memory in loaded}
     for memory in loaded:
-        taken[memory.device] += memory.weights + memory.kv_tokens * memory.kv_bytes_per_token
+        cache = 0 if memory.device.startswith("cpu") else memory.kv_tokens * memory.kv_bytes_per_token
+        taken[memory.device] += memory.weights + cache
     devices = (replace(d, memory_free=d.memory_free + taken.get(d.device, 0)) for d in profile.devices)
     return replace(profile, devices=tuple(devices))
