@@ -176,7 +176,7 @@ def _ask(before: RemoteStage, after: RemoteStage, hop: HandOver, address: Addres
     expected = after.link.ask(Type.EXPECT, {"ticket": hop.ticket}, after.index)
     if wait([expected], HAND_OVER_TIMEOUT).not_done or expected.exception() is not None:
         return expected
-    hop.link.hops.add(hop.ticket)
+    hop.link.hops[hop.ticket] = after.node
     fields = {"ticket": hop.ticket, "host": str(address), "stage": after.index}
     return before.link.ask(Type.NEXT, fields, before.index)
 
@@ -185,7 +185,7 @@ def _stands(stages: Sequence[Stage], index: int, hop: HandOver, answer: Future[t
     try:
         answer.result(HAND_OVER_TIMEOUT)
     except (CakeError, TimeoutError) as error:
-        hop.link.hops.discard(hop.ticket)
+        hop.link.hops.pop(hop.ticket, None)
         log.info(
             "%s cannot hand over to %s, so its output goes by way of the master: %s",
             stages[index - 1].node, stages[index].node, error,

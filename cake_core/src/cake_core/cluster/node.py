@@ -250,8 +250,9 @@ class RemoteNode:
         if self._assigner is not None and self._assigner.handle(link, message):
             return
         if message.type is Type.PARTED:
-            error = NodeLost(f"{self.name} has lost the next worker: {message.fields['message']}", self.name, self.address)
-            link.part(message.fields["ticket"], error)
+            ticket = message.fields["ticket"]
+            after = link.hops.get(ticket, "the next worker")
+            link.part(ticket, NodeLost(f"{self.name} has lost {after}: {message.fields['message']}", self.name, self.address))
         elif message.type is not Type.DRAINING:
             raise ProtocolError(f"a worker does not send {message.type.name}")
         elif link is self._link:

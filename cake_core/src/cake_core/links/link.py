@@ -67,8 +67,8 @@ class Link:
         self._handler = handler
         self._on_down = on_down
         self._timing = timing or LinkTiming()
-        self.hops: set[bytes] = set()
-        """Tickets of the hand-overs to another worker that the peer keeps up for us."""
+        self.hops: dict[bytes, str] = {}
+        """Tickets of the hand-overs to another worker that the peer keeps up for us, and that worker's name."""
         self._waiting = Waiting()
         self._lock = threading.Lock()
         self._down: CakeError | None = None
@@ -115,7 +115,7 @@ class Link:
     def part(self, ticket: bytes, error: CakeError) -> None:
         """The peer has lost a hand-over: whatever crosses it is lost with it."""
         if ticket in self.hops:
-            self.hops.discard(ticket)
+            del self.hops[ticket]
             for entry in self._waiting.take_chained():
                 entry.fail(error)
 
